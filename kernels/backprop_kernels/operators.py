@@ -1,0 +1,81 @@
+"""THE operator table: what every backend must provide, and nothing else.
+
+Shapes: n = batch, i = in_features, o = out_features, f = features, p = parameters.
+`docs/derivations.md` has one section per row. Tests, docs and the layout check iterate over it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One row: a file of this name in every backend, holding these functions."""
+
+    name: str
+    functions: tuple[str, ...]
+    formula: str
+    shapes: str
+    fused: str
+    saves: str
+
+
+OPERATORS: tuple[Operator, ...] = (
+    Operator(
+        name="linear_forward",
+        functions=("linear_forward",),
+        formula="Y = dropout(act(X Wᵀ + b))",
+        shapes="X(n,i) W(o,i) b(o) → Y(n,o)",
+        fused="bias, activation, dropout",
+        saves="Y or Z, as the activation table says",
+    ),
+    Operator(
+        name="linear_dgrad",
+        functions=("linear_dgrad",),
+        formula="dZ_prev = (dZ W) ⊙ act'(Z_prev) ⊙ mask_prev;  db_prev = Σ_rows dZ_prev",
+        shapes="dZ(n,o) W(o,i) saved_prev(n,i) → dZ_prev(n,i) db_prev(i)",
+        fused="the layer below: activation derivative, dropout mask, bias gradient",
+        saves="nothing",
+    ),
+    Operator(
+        name="linear_wgrad",
+        functions=("linear_wgrad",),
+        formula="dW = dZᵀ X",
+        shapes="dZ(n,o) X(n,i) → dW(o,i)",
+        fused="nothing",
+        saves="nothing",
+    ),
+    Operator(
+        name="loss",
+        functions=("loss",),
+        formula="L = Σ w l(act(Z), target) / Σ w;  dZ = ∂L/∂Z;  db = Σ_rows dZ",
+        shapes="Z(n,o) target(n,o) or (n) weights(n) → L() dZ(n,o) db(o)",
+        fused="output activation, softmax or sigmoid, class and sample weights, bias gradient",
+        saves="nothing",
+    ),
+    Operator(
+        name="optimizer_step",
+        functions=("optimizer_step",),
+        formula="P, state ← update(P, G, state), only if every element of G is finite",
+        shapes="P(p) G(p) state(k,p) → norm() finite()",
+        fused="finite check, global-norm clipping, weight decay",
+        saves="state",
+    ),
+    Operator(
+        name="batch_norm",
+        functions=("batch_norm_forward", "batch_norm_backward"),
+        formula="Y = dropout(act(gamma (X − mean_n) rstd_n + beta)), statistics over the batch",
+        shapes="X(n,f) gamma(f) beta(f) → Y(n,f) mean(f) rstd(f)",
+        fused="activation, dropout; backward: the layer below, as in linear_dgrad",
+        saves="mean, rstd; Y or Z, as the activation table says",
+    ),
+    Operator(
+        name="layer_norm",
+        functions=("layer_norm_forward", "layer_norm_backward"),
+        formula="Y = dropout(act(gamma (X − mean_f) rstd_f + beta)), statistics over the features",
+        shapes="X(n,f) gamma(f) beta(f) → Y(n,f) mean(n) rstd(n)",
+        fused="activation, dropout; backward: the layer below, as in linear_dgrad",
+        saves="mean, rstd; Y or Z, as the activation table says",
+    ),
+)
