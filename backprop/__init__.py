@@ -1,0 +1,74 @@
+"""fused-backprop: multi-layer perceptrons with fused kernels.
+
+    import backprop as bp
+    model = bp.MLP([155, 256, 128, 1])
+    history = bp.fit(model, X, y, loss="bce_with_logits", epochs=8, batch_size=1024)
+    model.predict(X)
+
+Importing this costs NumPy and nothing else; Numba is loaded by the first step.
+"""
+
+from backprop_kernels.errors import (
+    BackpropError,
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    DataError,
+    DeviceUnavailableError,
+    KindError,
+    LabelError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+)
+
+from backprop import ops
+from backprop.fit import fit
+from backprop.gradcheck import GradientError, GradientReport, gradcheck
+from backprop.history import History
+from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear
+from backprop.losses import Loss
+from backprop.model import MLP, Sequential, load
+from backprop.optimizers import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
+from backprop.step import TrainStep, value_and_grad
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "BackpropError",
+    "BatchNorm",
+    "CheckpointCorruptError",
+    "CheckpointFormatError",
+    "CheckpointMismatchError",
+    "CheckpointWriteError",
+    "DataError",
+    "DeviceUnavailableError",
+    "Dropout",
+    "GradientError",
+    "GradientReport",
+    "History",
+    "KindError",
+    "LabelError",
+    "LayerNorm",
+    "Linear",
+    "Lion",
+    "Loss",
+    "NonFiniteError",
+    "Optimizer",
+    "OptionError",
+    "RMSprop",
+    "Sequential",
+    "ShapeError",
+    "TrainStep",
+    "fit",
+    "gradcheck",
+    "load",
+    "ops",
+    "value_and_grad",
+]

@@ -1,0 +1,65 @@
+"""One flat array for all parameters: where each tensor lies in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from backprop_kernels.arrays import Array
+
+from backprop.layers import BatchNorm, Layer, LayerNorm, Linear
+
+ALIGNMENT = 64  # bytes: a cache line and a full vector register
+
+
+class Layout:
+    """Names, shapes and offsets of the tensors of a network, in PyTorch's naming.
+
+    Linear layers are "layers.N.weight" (out, in) and "layers.N.bias"; norms "norms.N.weight",
+    "norms.N.bias" and, outside the arena, their running statistics. The arena is padded so that
+    every tensor starts on a cache line; the padding is zero and no update rule moves it.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.statistics: dict[str, tuple[int, ...]] = {}
+        self.prefixes: list[str] = []  # one per layer; "" for Dropout
+        linears = norms = 0
+        for layer in layers:
+            prefix = ""
+            if isinstance(layer, Linear):
+                prefix, linears = f"layers.{linears}", linears + 1
+                self.shapes[f"{prefix}.weight"] = (layer.out_features, layer.in_features)
+                if layer.bias:
+                    self.shapes[f"{prefix}.bias"] = (layer.out_features,)
+            elif isinstance(layer, BatchNorm | LayerNorm):
+                prefix, norms = f"norms.{norms}", norms + 1
+                for name in ("weight", "bias"):
+                    self.shapes[f"{prefix}.{name}"] = (layer.features,)
+                if isinstance(layer, BatchNorm):
+                    for name in ("running_mean", "running_var"):
+                        self.statistics[f"{prefix}.{name}"] = (layer.features,)
+            self.prefixes.append(prefix)
+        self.offsets: dict[str, int] = {}
+        end = 0
+        for name, shape in self.shapes.items():
+            self.offsets[name] = end
+            end += -(-math.prod(shape) // 16) * 16
+        self.size = end
+
+    def views(self, flat: Array) -> dict[str, Array]:
+        """The named tensors of a flat array, as views."""
+        return {
+            name: flat[self.offsets[name] : self.offsets[name] + math.prod(shape)].reshape(shape)
+            for name, shape in self.shapes.items()
+        }
+
+
+def aligned_zeros(shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros that start on a cache line."""
+    count = math.prod(shape) if isinstance(shape, tuple) else shape
+    raw = np.zeros(count * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)

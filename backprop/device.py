@@ -1,0 +1,35 @@
+"""What hardware is here, in words. Nothing is imported or touched before it is asked for."""
+
+from __future__ import annotations
+
+INSTALL = 'pip install "fused-backprop[cuda13]" (or [cuda12] for a CUDA 12 driver)'
+MINIMUM_DRIVER = 12000  # as the CUDA runtime counts: 12.0
+
+
+def cuda_problem() -> str:
+    """Why CUDA cannot be used here, and what to do about it."""
+    try:
+        import cupy
+    except ImportError:
+        return f"cupy is not installed; {INSTALL}"
+    except Exception as problem:
+        return f"cupy is installed but does not import ({problem}); {INSTALL}"
+    try:
+        driver = cupy.cuda.runtime.driverGetVersion()
+    except Exception as problem:
+        return f"the NVIDIA driver is missing or does not answer ({problem}); install the driver"
+    if driver == 0:
+        return "the NVIDIA driver is missing; install it from your distribution or nvidia.com"
+    if driver < MINIMUM_DRIVER:
+        return f"the NVIDIA driver is too old: expected CUDA 12.0 or newer, got {_version(driver)}"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as problem:
+        return f"the NVIDIA driver reports no usable device ({problem}); see nvidia-smi"
+    if count == 0:
+        return "the NVIDIA driver is installed but there is no device; see nvidia-smi"
+    return "a GPU is here, but this version has CPU kernels only; use device='cpu'"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,0 +1,141 @@
+"""The training loop, in one readable function."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from backprop_kernels.arrays import Array
+from backprop_kernels.errors import DataError, KindError, OptionError
+
+from backprop.history import History
+from backprop.losses import Loss, options_for_kernel, resolve_loss
+from backprop.model import PREDICT_ROWS, Sequential
+from backprop.optimizers import Optimizer
+from backprop.progress import Progress
+from backprop.step import TrainStep, weights
+
+Callback = Callable[[int, History], Any]  # (epoch from 0, history so far) → True to stop
+
+
+def fit(
+    model: Sequential,
+    X: Any,
+    y: Any,
+    loss: str | Loss = "mse",
+    optimizer: str | Optimizer = "Adam",
+    epochs: int = 1,
+    batch_size: int = 32,
+    *,
+    sample_weight: Any = None,
+    eval_set: tuple[Any, Any] | None = None,
+    shuffle: bool = True,
+    clip_norm: float | None = None,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    seed: int = 0,
+) -> History:
+    """Train `model` in place on X (rows, in_features) and y, and return what happened.
+
+    Args:
+        loss, optimizer: names, or `Loss(...)` and e.g. `AdamW(lr=1e-3)`.
+        epochs, batch_size: passes over the data; rows per step. The last step may be smaller.
+        sample_weight: (rows,), ≥ 0: a row of weight 2 counts as two rows within its batch.
+        eval_set: (X, y) whose loss is `val_loss` after each epoch.
+        shuffle: a new order every epoch, drawn from `seed`.
+        clip_norm: scale longer gradients down to this L2 norm.
+        callbacks: called after each epoch; one that returns True ends the training.
+        progress: print a line with rate, losses and time left.
+        seed: of order and dropout. The same seed gives the same bits.
+
+    All data is checked before the first step; an error leaves the model unchanged. When a step
+    meets a non-finite loss or gradient it is not applied and NonFiniteError is raised.
+    """
+    if not isinstance(model, Sequential):
+        raise KindError(f"fit: model: expected a model, got {type(model).__name__}")
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise OptionError(f"fit: {name}: expected an integer ≥ 1, got {value!r}")
+    loss = resolve_loss(loss)
+    options_for_kernel(loss, model.out_features)
+    X, y = _checked(model, loss, X, y, "fit")
+    weight = None if sample_weight is None else weights(sample_weight, len(X), "fit")
+    held_out = (
+        None if eval_set is None else _checked(model, loss, *_pair(eval_set), "fit: eval_set")
+    )
+    callbacks = list(callbacks)
+
+    rows, batch_size = len(X), min(int(batch_size), len(X))
+    step = TrainStep(model, loss, optimizer, batch_size, clip_norm, weight is not None, seed)
+    buffers = step.gradients
+    buffers.put_targets(y[:batch_size])
+    order_rng = np.random.default_rng(seed)
+    order = np.arange(rows)
+    history = History()
+    report = Progress(int(epochs), rows, progress)
+    val_loss: float | None = None
+    for epoch in range(int(epochs)):
+        started = time.perf_counter()
+        if shuffle:
+            order_rng.shuffle(order)
+        total = 0.0
+        for start in range(0, rows, batch_size):
+            chosen = order[start : start + batch_size]
+            n = len(chosen)
+            np.take(X, chosen, axis=0, out=buffers.X[:n], mode="clip")
+            np.take(y, chosen, axis=0, out=_target(buffers.target)[:n], mode="clip")
+            if weight is not None and buffers.weight is not None:
+                np.take(weight, chosen, out=buffers.weight[:n], mode="clip")
+            total += n * step.run(n)
+            report.update(epoch, start + n, total / (start + n), val_loss)
+        values = {"loss": total / rows, "lr": step.optimizer.lr}
+        if held_out is not None:
+            values["val_loss"] = val_loss = evaluate_loss(model, *held_out, loss)
+        history.append(**values, seconds=time.perf_counter() - started)
+        report.end_epoch(epoch, values["loss"], val_loss)
+        stops = [callback(epoch, history) for callback in callbacks]  # every one is called
+        if any(stops):
+            break
+    return history
+
+
+def evaluate_loss(model: Sequential, X: Array, y: Array, loss: Loss) -> float:
+    """The mean loss over checked data, in prediction mode, in batches."""
+    backend, total, weight = model.backend, 0.0, 0.0
+    options = options_for_kernel(loss, model.out_features)
+    for start in range(0, len(X), PREDICT_ROWS):
+        part = slice(start, start + PREDICT_ROWS)
+        Y = model._predict(X[part], PREDICT_ROWS)
+        counted = _weight(y[part], loss)
+        total += counted * float(backend.loss(Y, y[part], loss.name, options)[0])
+        weight += counted
+    return total / weight if weight else 0.0
+
+
+def _weight(y: Array, loss: Loss) -> float:
+    """What the mean over this part divided by: rows, or their class weights."""
+    if loss.name != "cross_entropy" or y.ndim == 2:
+        return float(len(y))
+    ids = y[y != loss.options["ignore_index"]]
+    class_weight = loss.options["class_weight"]
+    return float(len(ids)) if class_weight is None else float(class_weight[ids].sum())
+
+
+def _checked(model: Sequential, loss: Loss, X: Any, y: Any, where: str) -> tuple[Array, Array]:
+    X = model.inputs(X, where)
+    if len(X) == 0:
+        raise DataError(f"{where}: X: expected at least one row, got shape {X.shape}")
+    return X, loss.targets(y, len(X), model.out_features, model.dtype)
+
+
+def _pair(eval_set: Any) -> tuple[Any, Any]:
+    if not isinstance(eval_set, tuple | list) or len(eval_set) != 2:
+        raise KindError(f"fit: eval_set: expected (X, y), got {type(eval_set).__name__}")
+    return eval_set[0], eval_set[1]
+
+
+def _target(target: Array | None) -> Array:
+    assert target is not None
+    return target

@@ -1,0 +1,172 @@
+"""A loss with its options, checked against the loss table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from backprop_kernels import checks
+from backprop_kernels.arrays import Array
+from backprop_kernels.errors import DataError, KindError, LabelError, OptionError, ShapeError
+from backprop_kernels.losses import LOSSES, TARGETS
+
+# Options that may be one number per output.
+PER_OUTPUT = ("class_weight", "pos_weight")
+RANGES = {
+    "delta": (1e-30, np.inf),
+    "q": (0.0, 1.0),
+    "label_smoothing": (0.0, 1.0),
+    "alpha": (0.0, 1.0),
+    "gamma": (0.0, np.inf),
+    "class_weight": (0.0, np.inf),
+    "pos_weight": (0.0, np.inf),
+}
+
+
+class Loss:
+    """`Loss("cross_entropy", label_smoothing=0.1)`: a name from the loss table and its options.
+
+    Wherever a `loss=` is taken, the bare name does when the defaults do.
+    Every loss is the weighted mean over the rows; see docs/derivations.md#loss.
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        checks.choice("Loss", "name", name, LOSSES)
+        self.name = name
+        known = LOSSES[name].options
+        for option, value in options.items():
+            if option not in known:
+                raise OptionError(
+                    f"Loss {name}: options: expected only {', '.join(known) or 'none'}; "
+                    f"got {option!r}"
+                )
+            if option in PER_OUTPUT and value is not None and not np.isscalar(value):
+                options[option] = value = np.asarray(value, np.float64)
+            if option in RANGES and value is not None:
+                low, high = RANGES[option]
+                if not np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)):
+                    raise OptionError(
+                        f"Loss {name}: {option}: expected numbers in [{low}, {high}], got {value!r}"
+                    )
+        self.options: dict[str, Any] = {**known, **options}
+
+    def __repr__(self) -> str:
+        known = LOSSES[self.name].options
+        changed = [f", {k}={v!r}" for k, v in self.options.items() if v is not known[k]]
+        return f"Loss({self.name!r}{''.join(changed)})"
+
+    def targets(self, y: Any, batch: int, out_features: int, dtype: Any) -> Array:
+        """`y` as the kernels take it, or an error that names the first bad row.
+
+        Accepts (batch,) or (batch, 1) for a single output, (batch, outputs) for several, and for
+        cross_entropy class ids (batch,) or class probabilities (batch, classes).
+        """
+        y = as_numbers(f"loss {self.name}", "y", y)
+        outputs = out_features // 2 if self.name == "gaussian_nll" else out_features
+        if self.name == "cross_entropy" and y.ndim == 1:
+            self._rows(y, batch, f"({batch},) class ids or ({batch}, {outputs})")
+            return self._class_ids(y, out_features)
+        if y.ndim == 1 and outputs == 1:
+            y = y[:, None]
+        expected = f"({batch}, {outputs})" + (f" or ({batch},)" if outputs == 1 else "")
+        if self.name == "cross_entropy":
+            expected = f"({batch},) class ids or ({batch}, {outputs}) probabilities"
+        if y.ndim != 2 or y.shape[1] != outputs:
+            raise ShapeError(f"loss {self.name}: y: expected shape {expected}, got {y.shape}")
+        self._rows(y, batch, expected)
+        refuse_non_finite(f"loss {self.name}", "y", y)
+        self._in_range(y)
+        return np.ascontiguousarray(y, dtype)
+
+    def _rows(self, y: Array, batch: int, expected: str) -> None:
+        if len(y) != batch:
+            raise ShapeError(
+                f"loss {self.name}: y: expected shape {expected}, one row per row of X, "
+                f"got {y.shape}"
+            )
+
+    def _class_ids(self, y: Array, classes: int) -> Array:
+        ids = y.astype(np.int64, copy=False) if y.dtype.kind in "iub" else np.trunc(y)
+        ignored = ids == self.options["ignore_index"]
+        with np.errstate(invalid="ignore"):
+            wrong = ~ignored & ((ids < 0) | (ids >= classes) | (ids != y))
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise LabelError(
+                f"loss {self.name}: y: expected class ids 0 … {classes - 1}, got {y[row]} at row "
+                f"{row} ({int(wrong.sum())} such row(s))"
+            )
+        return np.ascontiguousarray(ids, np.int64)
+
+    def _in_range(self, y: Array) -> None:
+        kind = LOSSES[self.name].targets
+        inside = {
+            "counts": lambda: y >= 0,
+            "probability": lambda: (y >= 0) & (y <= 1),
+            "classes": lambda: (y >= 0) & (y <= 1),
+            "binary": lambda: (y == 0) | (y == 1),
+            "sign": lambda: (y == -1) | (y == 1),
+        }
+        if kind in inside and not (good := inside[kind]()).all():
+            row, column = (int(i) for i in np.argwhere(~good)[0])
+            raise LabelError(
+                f"loss {self.name}: y: expected {TARGETS[kind]}; got {y[row, column]} at row {row}"
+                f"{f', column {column}' if y.shape[1] > 1 else ''}"
+            )
+
+
+def resolve_loss(loss: str | Loss) -> Loss:
+    """A `Loss`, from one or from its name."""
+    if isinstance(loss, Loss):
+        return loss
+    checks.choice("loss", "name", loss, LOSSES)
+    return Loss(loss)
+
+
+def as_numbers(where: str, argument: str, value: Any) -> Array:
+    """`value` as a numeric NumPy array, or an error that says what came instead."""
+    try:
+        array = np.asarray(value)
+    except ValueError as problem:  # ragged lists
+        raise ShapeError(f"{where}: {argument}: expected a rectangular array; {problem}") from None
+    if array.dtype.kind not in "fiub":
+        raise KindError(
+            f"{where}: {argument}: expected numbers, got dtype {array.dtype}"
+            + (
+                "; encode text columns first (`backprop fit` does)"
+                if array.dtype.kind in "OUS"
+                else ""
+            )
+        )
+    return array
+
+
+def refuse_non_finite(where: str, argument: str, array: Array) -> None:
+    """Refuse NaN and infinity, naming the first cell and how many there are."""
+    if array.dtype.kind != "f":
+        return
+    # One pass over memory in the good case: a sum is finite unless a term is not (or it overflows).
+    with np.errstate(all="ignore"):
+        if np.isfinite(array.sum(dtype=np.float64)):
+            return
+    bad = ~np.isfinite(array)
+    if bad.any():
+        first = np.argwhere(bad)[0]
+        what = "NaN" if np.isnan(array[tuple(first)]) else "infinity"
+        place = f"row {first[0]}" + (f", column {first[1]}" if len(first) > 1 else "")
+        raise DataError(
+            f"{where}: {argument}: expected finite numbers, got {what} at {place} "
+            f"({int(bad.sum()):,} of {array.size:,}); impute or drop such rows"
+        )
+
+
+def options_for_kernel(loss: Loss, out_features: int) -> Mapping[str, Any]:
+    """The options, per-output ones checked against the width of the network."""
+    for option in PER_OUTPUT:
+        value = loss.options.get(option)
+        if isinstance(value, np.ndarray) and value.shape != (out_features,):
+            raise ShapeError(
+                f"loss {loss.name}: {option}: expected shape ({out_features},), got {value.shape}"
+            )
+    return loss.options

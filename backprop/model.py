@@ -1,0 +1,261 @@
+"""Networks: layers, one flat parameter arena, prediction, and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from backprop_kernels.activations import ACTIVATIONS, sigmoid
+from backprop_kernels.arrays import Array
+from backprop_kernels.errors import (
+    CheckpointFormatError,
+    CheckpointMismatchError,
+    KindError,
+    OptionError,
+    ShapeError,
+)
+
+from backprop import layers as layer_kinds
+from backprop.arena import Layout, aligned_zeros
+from backprop.dispatch import for_device
+from backprop.initializers import INITIALIZERS
+from backprop.layers import BatchNorm, Dropout, Layer, Linear, check_chain, mlp_layers
+from backprop.losses import as_numbers, refuse_non_finite
+from backprop.passes import Plan, Workspace
+
+DTYPES = ("float32", "float64")
+PREDICT_ROWS = 8192  # rows per pass of predict: activations stay in cache at common widths
+FORMAT = "fused-backprop 1"
+MAX_PARAMETERS = 2**40  # of a file: refused before anything is allocated
+
+
+class Sequential:
+    """A chain of layers with its parameters in one flat array.
+
+    Args:
+        layers: Linear, BatchNorm, LayerNorm and Dropout, in order.
+        dtype: "float32" or "float64".
+        device: "auto", "cpu", "cuda", "cuda:N", or "reference" (plain NumPy, slow and exact).
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        seed: int | None = 0,
+    ) -> None:
+        self.layers = list(layers)
+        check_chain(self.layers)
+        if str(np.dtype(dtype)) not in DTYPES:
+            raise OptionError(f"Sequential: dtype: expected one of {DTYPES}, got {dtype!r}")
+        self.dtype = np.dtype(dtype)
+        self.device = device
+        self.backend = for_device(device)
+        self.encoder: Any = None  # how raw table rows become X, where the model was fitted on one
+        self.layout = Layout(self.layers)
+        self.parameters = aligned_zeros(self.layout.size, self.dtype)
+        self.statistics = {
+            name: (np.ones if name.endswith("var") else np.zeros)(shape, self.dtype)
+            for name, shape in self.layout.statistics.items()
+        }
+        self._initialize(np.random.default_rng(seed))
+
+    def _initialize(self, rng: np.random.Generator) -> None:
+        views = self.layout.views(self.parameters)
+        for layer, prefix in zip(self.layers, self.layout.prefixes, strict=True):
+            if isinstance(layer, Linear):
+                init = ACTIVATIONS[layer.activation].init if layer.init == "auto" else layer.init
+                draw = INITIALIZERS[init]
+                views[f"{prefix}.weight"][...] = draw(rng, layer.out_features, layer.in_features)
+            elif not isinstance(layer, Dropout):
+                views[f"{prefix}.weight"][...] = 1.0
+
+    @property
+    def in_features(self) -> int:
+        """Columns of X."""
+        first = next(layer for layer in self.layers if not isinstance(layer, Dropout))
+        return first.in_features if isinstance(first, Linear) else first.features
+
+    @property
+    def out_features(self) -> int:
+        """Columns of the output."""
+        last = next(layer for layer in reversed(self.layers) if not isinstance(layer, Dropout))
+        return last.out_features if isinstance(last, Linear) else last.features
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(view.size for view in self.layout.views(self.parameters).values())
+
+    def inputs(self, X: Any, where: str) -> Array:
+        """X as the kernels take it: (batch, in_features), this model's dtype, C order, finite."""
+        X = as_numbers(where, "X", X)
+        if X.ndim != 2 or X.shape[1] != self.in_features:
+            hint = "; is X transposed?" if X.ndim == 2 and X.shape[0] == self.in_features else ""
+            raise ShapeError(
+                f"{where}: X: expected shape (batch, in_features={self.in_features}), "
+                f"got {X.shape}{hint}"
+            )
+        refuse_non_finite(where, "X", X)
+        with np.errstate(over="ignore"):
+            converted = np.ascontiguousarray(X, self.dtype)
+        if converted is not X and X.dtype.itemsize > self.dtype.itemsize:
+            refuse_non_finite(where, f"X as {self.dtype}", converted)
+        return converted
+
+    def predict(self, X: Any, batch_size: int | None = None) -> Array:
+        """The network's output (batch, out_features) for X (batch, in_features).
+
+        No dropout, running statistics, the last layer's activation applied. For classifiers
+        these are logits; see `predict_proba`.
+        """
+        if self.encoder is not None and hasattr(X, "columns") and isinstance(X.columns, dict):
+            X = self.encoder.transform(X)
+        return self._predict(self.inputs(X, "predict"), batch_size or PREDICT_ROWS)
+
+    def _predict(self, X: Array, rows: int) -> Array:
+        Y = np.empty((len(X), self.out_features), self.dtype)
+        rows = min(rows, max(len(X), 1))
+        workspace = Workspace(rows, self.dtype)
+        plans: dict[int, Plan] = {}
+        for start in range(0, len(X), rows):
+            part = X[start : start + rows]
+            if len(part) not in plans:
+                plans[len(part)] = Plan(
+                    self.layers, self.parameters, self.statistics, self.backend, workspace,
+                    len(part),
+                )  # fmt: skip
+            Y[start : start + rows] = plans[len(part)].forward(part)
+        return Y
+
+    def predict_proba(self, X: Any, batch_size: int | None = None) -> Array:
+        """Class probabilities of a classifier that was trained on logits.
+
+        One output column: sigmoid, (batch, 1). Several: softmax, (batch, classes).
+        """
+        from backprop_kernels.reference import array_math as m
+
+        Z = self.predict(X, batch_size)
+        if self.out_features == 1:
+            with np.errstate(under="ignore"):
+                return np.asarray(sigmoid(m, Z), self.dtype)
+        E = np.exp(Z - Z.max(axis=1, keepdims=True))
+        return np.asarray(E / E.sum(axis=1, keepdims=True))
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of all parameters and running statistics, in PyTorch's layout and order."""
+        tensors = {**self.layout.views(self.parameters), **self.statistics}
+        return {name: view.copy() for name, view in tensors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the values of `state`; every name and shape must match, or nothing changes."""
+        tensors = {**self.layout.views(self.parameters), **self.statistics}
+        problems = [f"missing {name}" for name in tensors if name not in state]
+        problems += [f"unexpected {name}" for name in state if name not in tensors]
+        for name, view in tensors.items():
+            if name in state and np.shape(state[name]) != view.shape:
+                problems.append(f"{name}: expected {view.shape}, got {np.shape(state[name])}")
+        if problems:
+            raise CheckpointMismatchError(f"load_state_dict: {'; '.join(problems)}")
+        values = {name: as_numbers("load_state_dict", name, state[name]) for name in tensors}
+        for name, value in values.items():
+            tensors[name][...] = value
+
+    def config(self) -> dict[str, Any]:
+        """The architecture as plain data, from which `load` builds the model again."""
+        return {
+            "format": FORMAT,
+            "dtype": str(self.dtype),
+            "layers": [{"kind": type(layer).__name__, **asdict(layer)} for layer in self.layers],
+            "encoder": None if self.encoder is None else self.encoder.to_dict(),
+        }
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file: tensors, checksums, architecture. Atomic and durable."""
+        from backprop.checkpoint import write_tensors
+
+        metadata = {"format": "pt", "fused-backprop": json.dumps(self.config(), allow_nan=False)}
+        write_tensors(path, self.state_dict(), metadata)
+
+    def __repr__(self) -> str:
+        inner = ", ".join(map(repr, self.layers))
+        return f"{type(self).__name__}([{inner}], dtype={str(self.dtype)!r})"
+
+
+class MLP(Sequential):
+    """A multi-layer perceptron: `MLP([155, 256, 128, 1])` has two hidden layers.
+
+    Args:
+        sizes: in_features, every hidden width, out_features.
+        activation: of the hidden layers. The output is linear: losses take logits.
+        dropout: rate after every hidden layer.
+        norm: None, "batch" or "layer", between each hidden product and its activation.
+        init: "auto" (by activation) or a name from `backprop.initializers`.
+        output_activation: of the last layer.
+        dtype, device, seed: as for Sequential.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str = "relu",
+        dropout: float = 0.0,
+        norm: str | None = None,
+        init: str = "auto",
+        *,
+        output_activation: str = "identity",
+        dtype: str = "float32",
+        device: str = "auto",
+        seed: int | None = 0,
+    ) -> None:
+        if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) < 2:
+            raise KindError(
+                f"MLP: sizes: expected at least [in_features, out_features], got {sizes!r}"
+            )
+        layers = mlp_layers(list(sizes), activation, output_activation, dropout, norm, init)
+        super().__init__(list(layers), dtype=dtype, device=device, seed=seed)
+
+
+LAYERS = {kind.__name__: kind for kind in (Linear, BatchNorm, layer_kinds.LayerNorm, Dropout)}
+
+
+def load(path: str | PathLike[str], device: str = "auto") -> Sequential:
+    """The model in `path`, checked byte for byte. Nothing in the file is executed.
+
+    Raises CheckpointFormatError where the file is not a model of this library, and
+    CheckpointCorruptError where its checksums do not match.
+    """
+    from backprop.checkpoint import read_tensors
+
+    tensors, metadata = read_tensors(path)
+    if "fused-backprop" not in metadata:
+        raise CheckpointFormatError(
+            f"load: {path}: expected a model saved by fused-backprop, got a safetensors file "
+            "without its architecture; build the model and use load_state_dict"
+        )
+    try:
+        config = json.loads(metadata["fused-backprop"])
+        if config["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT!r}, got {config['format']!r}")
+        layers = [LAYERS[entry.pop("kind")](**entry) for entry in config["layers"]]
+        size = Layout(layers).size
+        if size > MAX_PARAMETERS or size > 2 * sum(t.size for t in tensors.values()) + 16 * len(
+            tensors
+        ):
+            raise ValueError(f"the architecture wants {size} parameters, the file holds fewer")
+        model = Sequential(layers, dtype=config["dtype"], device=device, seed=None)
+        if config["encoder"] is not None:
+            from backprop.table import Encoder
+
+            model.encoder = Encoder.from_dict(config["encoder"])
+    except (KeyError, TypeError, ValueError, RecursionError) as problem:
+        raise CheckpointFormatError(f"load: {path}: architecture: {problem}") from problem
+    model.load_state_dict(tensors)
+    return model

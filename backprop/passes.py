@@ -1,0 +1,213 @@
+"""The fused passes a network is trained with: the hot path, in the order it runs.
+
+A pass is one layer with what is fused into it. Each writes preallocated arrays through one
+backend, so a plan can be captured once and replayed. Two rules hold throughout:
+whoever makes the gradient of a layer's output also carries it through that layer's activation and
+dropout (so every `dZ` is a true ∂L/∂Z) and sums its columns into `db`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from backprop_kernels import arrays
+from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.arrays import Array
+
+from backprop.arena import Layout, aligned_zeros
+from backprop.layers import BatchNorm, Dropout, Layer, LayerNorm, Linear
+
+
+class Workspace:
+    """Named buffers with room for `batch` rows, shared by plans of up to that many rows."""
+
+    def __init__(self, batch: int, dtype: Any) -> None:
+        self.batch = batch
+        self.dtype = np.dtype(dtype)
+        self._buffers: dict[str, Array] = {}
+
+    def rows(self, name: str, batch: int, columns: int) -> Array:
+        """The first `batch` rows of the buffer `name`."""
+        if name not in self._buffers:
+            self._buffers[name] = aligned_zeros((self.batch, columns), self.dtype)
+        return self._buffers[name][:batch]
+
+    def vector(self, name: str, size: int) -> Array:
+        if name not in self._buffers:
+            self._buffers[name] = aligned_zeros(max(size, self.batch), self.dtype)
+        return self._buffers[name][:size]
+
+
+@dataclass
+class Pass:
+    """One layer, the arrays it reads and writes, and its two directions."""
+
+    backend: ModuleType
+    layer: Linear | BatchNorm | LayerNorm
+    activation: str
+    dropout: arrays.Dropout | None
+    weight: Array  # W, or gamma
+    bias: Array | None  # b, or beta
+    d_weight: Array | None
+    db: Array | None
+    Y: Array
+    kept: Array | None  # a second output, where forward must keep something other than Y
+    dZ: Array | None
+
+    @property
+    def saved(self) -> Array | None:
+        """What backward reads: `kept`, or Y itself."""
+        return self.Y if self.kept is None else self.kept
+
+    def below(self) -> tuple[Array | None, str, arrays.Dropout | None]:
+        """This pass as the layer above sees it."""
+        return self.saved, self.activation, self.dropout
+
+    def forward(self, X: Array) -> None:
+        raise NotImplementedError
+
+    def delta(self, X: Array, below: Pass) -> None:
+        """From this pass's dZ make `below.dZ` and `below.db`."""
+        raise NotImplementedError
+
+    def gradient(self, X: Array) -> None:
+        """From this pass's dZ make its weight's gradient."""
+
+
+class LinearPass(Pass):
+    def forward(self, X: Array) -> None:
+        self.backend.linear_forward(
+            X, self.weight, self.bias, self.activation, self.dropout, out=(self.Y, self.kept)
+        )
+
+    def delta(self, X: Array, below: Pass) -> None:
+        self.backend.linear_dgrad(self.dZ, self.weight, *below.below(), out=(below.dZ, below.db))
+
+    def gradient(self, X: Array) -> None:
+        self.backend.linear_wgrad(self.dZ, X, out=self.d_weight)
+
+
+@dataclass
+class NormPass(Pass):
+    mean: Array
+    rstd: Array
+    running: tuple[Array, Array] | None  # mean and variance, of batch norm
+    training: bool
+
+    def forward(self, X: Array) -> None:
+        common = (self.activation, self.dropout, (self.Y, self.kept, self.mean, self.rstd))
+        if isinstance(self.layer, BatchNorm):
+            self.backend.batch_norm_forward(
+                X, self.weight, self.bias, *(self.running or ()), self.training,
+                self.layer.momentum, self.layer.eps, *common,
+            )  # fmt: skip
+        elif isinstance(self.layer, LayerNorm):
+            self.backend.layer_norm_forward(X, self.weight, self.bias, self.layer.eps, *common)
+
+    def delta(self, X: Array, below: Pass | None) -> None:
+        backward = (
+            self.backend.batch_norm_backward
+            if isinstance(self.layer, BatchNorm)
+            else self.backend.layer_norm_backward
+        )
+        rest = below.below() if below else (None, "identity", None)
+        out = (below.dZ, below.db, self.d_weight) if below else (None, None, self.d_weight)
+        backward(self.dZ, X, self.weight, self.mean, self.rstd, *rest, out=out)
+
+
+class Plan:
+    """The passes of one network for one batch size, over given parameters and buffers."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        parameters: Array,
+        statistics: Mapping[str, Array],
+        backend: ModuleType,
+        workspace: Workspace,
+        batch: int,
+        gradients: Array | None = None,
+        stream: Array | None = None,
+    ) -> None:
+        """Without `gradients` the plan only predicts: no dropout, running statistics.
+
+        The last pass keeps no activation: training hands it to the loss (`output_activation`),
+        prediction applies it.
+        """
+        layout = Layout(layers)
+        training = gradients is not None
+        P = layout.views(parameters)
+        G = layout.views(gradients) if gradients is not None else {}
+        self.batch = batch
+        self.passes: list[Pass] = []
+        last = max(i for i, layer in enumerate(layers) if not isinstance(layer, Dropout))
+        for i, layer in enumerate(layers):
+            if isinstance(layer, Dropout):
+                continue
+            activation, dropout = layer.activation, None
+            if training and i == last:
+                self.output_activation, activation = activation, "identity"
+            if training and stream is not None and i < last:
+                after = layers[i + 1]
+                if isinstance(after, Dropout) and after.rate > 0:
+                    dropout = arrays.Dropout(after.rate, stream, i)
+            columns = layer.out_features if isinstance(layer, Linear) else layer.features
+            # Without gradients two buffers take turns; training keeps every layer's.
+            name = str(i) if training else str(len(self.passes) % 2) + f" of {columns}"
+            saves = ACTIVATIONS[activation].saves if training else ""
+            keeps_more = saves == "Z" or (saves == "Y" and dropout is not None)
+            prefix = layout.prefixes[i]
+            common: dict[str, Any] = {
+                "backend": backend,
+                "layer": layer,
+                "activation": activation,
+                "dropout": dropout,
+                "weight": P[f"{prefix}.weight"],
+                "bias": P.get(f"{prefix}.bias"),
+                "d_weight": G.get(f"{prefix}.weight"),
+                "db": G.get(f"{prefix}.bias"),
+                "Y": workspace.rows(f"Y {name}", batch, columns),
+                "kept": workspace.rows(f"kept {name}", batch, columns) if keeps_more else None,
+                "dZ": workspace.rows(f"dZ {name}", batch, columns) if training else None,
+            }
+            if isinstance(layer, Linear):
+                self.passes.append(LinearPass(**common))
+                continue
+            per = layer.features if isinstance(layer, BatchNorm) else batch
+            running = None
+            if isinstance(layer, BatchNorm):
+                running = statistics[f"{prefix}.running_mean"], statistics[f"{prefix}.running_var"]
+            self.passes.append(
+                NormPass(
+                    **common,
+                    mean=workspace.vector(f"mean {name}", per),
+                    rstd=workspace.vector(f"rstd {name}", per),
+                    running=running,
+                    training=training,
+                )
+            )
+
+    def forward(self, X: Array) -> Array:
+        """Y of the last pass."""
+        for p in self.passes:
+            p.forward(X)
+            X = p.Y
+        return X
+
+    def backward(self, X: Array) -> None:
+        """Every gradient, from the last pass's dZ and db that the loss left there.
+
+        All deltas first: after them no parameter is read again, and the weight gradients are
+        independent of one another.
+        """
+        inputs = [X, *(p.Y for p in self.passes[:-1])]
+        for i in reversed(range(1, len(self.passes))):
+            self.passes[i].delta(inputs[i], self.passes[i - 1])
+        if isinstance(self.passes[0], NormPass):
+            self.passes[0].delta(X, None)
+        for p, X_in in zip(reversed(self.passes), reversed(inputs), strict=True):
+            p.gradient(X_in)

@@ -1,0 +1,257 @@
+"""Every argument check of the operators, and the wording of every refusal.
+
+Checks see kind, dtype, shape and layout; never values, with one exception: class ids, which a
+kernel would otherwise use to index memory, are checked by `loss` on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.errors import KindError, OptionError, ShapeError
+from backprop_kernels.losses import LOSSES
+from backprop_kernels.optimizers import OPTIMIZERS
+
+FLOATS = ("float32", "float64", "complex128")
+
+
+def choice(where: str, argument: str, value: Any, allowed: Mapping[str, Any]) -> None:
+    """Refuse a name that is not in a table, listing the table."""
+    if not isinstance(value, str) or value not in allowed:
+        raise OptionError(
+            f"{where}: {argument}: expected one of {', '.join(allowed)}; got {value!r}"
+        )
+
+
+def array(where: str, argument: str, value: Array, shape: tuple[Any, ...], dtype: Any) -> None:
+    """Refuse an array of another kind, dtype or shape. `shape` may hold (name, size) pairs.
+
+    A bare string in `shape` names a dimension of any size.
+    """
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise KindError(f"{where}: {argument}: expected an array, got {type(value).__name__}")
+    if dtype is not None and value.dtype != dtype:
+        raise KindError(f"{where}: {argument}: expected dtype {dtype}, got {value.dtype}")
+    sizes = [s[1] if isinstance(s, tuple) else s for s in shape]
+    actual = value.shape
+    if len(actual) != len(sizes) or any(
+        not isinstance(size, str) and size != have for size, have in zip(sizes, actual, strict=True)
+    ):
+        raise ShapeError(f"{where}: {argument}: expected shape {_text(shape)}, got {tuple(actual)}")
+
+
+def _text(shape: tuple[Any, ...]) -> str:
+    parts = [f"{s[0]}={s[1]}" if isinstance(s, tuple) else str(s) for s in shape]
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
+def floating(where: str, argument: str, value: Array, ndim: int) -> None:
+    """Refuse anything but a floating-point array with `ndim` dimensions."""
+    if not hasattr(value, "dtype") or str(value.dtype) not in FLOATS:
+        got = getattr(value, "dtype", type(value).__name__)
+        raise KindError(f"{where}: {argument}: expected a float32 or float64 array, got {got}")
+    if value.ndim != ndim:
+        raise ShapeError(f"{where}: {argument}: expected {ndim} dimensions, got {value.shape}")
+
+
+def contiguous(where: str, **arrays: Array | None) -> None:
+    """Refuse layouts a kernel would misread: it gets a pointer and assumes C order."""
+    for name, value in arrays.items():
+        if value is not None and not value.flags.c_contiguous:
+            raise ShapeError(
+                f"{where}: {name}: expected a C-contiguous array, got strides {value.strides} for "
+                f"shape {value.shape}; pass numpy.ascontiguousarray({name})"
+            )
+
+
+def _epilogue(where: str, activation: str, dropout: Dropout | None) -> None:
+    choice(where, "activation", activation, ACTIVATIONS)
+    if dropout is not None and not 0.0 <= dropout.rate < 1.0:
+        raise OptionError(f"{where}: dropout: expected 0 ≤ rate < 1, got {dropout.rate}")
+
+
+def _outputs(where: str, out: tuple[Array | None, ...] | None, like: dict[str, Any]) -> None:
+    """`out` holds one array per name of `like`; None where the caller wants none."""
+    if out is None:
+        return
+    if len(out) != len(like):
+        raise ShapeError(
+            f"{where}: out: expected {len(like)} arrays ({', '.join(like)}), got {len(out)}"
+        )
+    for value, (name, (shape, dtype)) in zip(out, like.items(), strict=True):
+        if value is not None:
+            array(where, f"out {name}", value, shape, dtype)
+
+
+def linear_forward(
+    X: Array, W: Array, b: Array | None, activation: str, dropout: Dropout | None, out: Any
+) -> None:
+    where = "linear_forward"
+    floating(where, "X", X, 2)
+    floating(where, "W", W, 2)
+    batch, in_features = X.shape
+    out_features = W.shape[0]
+    array(where, "W", W, ("out_features", ("in_features", in_features)), X.dtype)
+    if b is not None:
+        array(where, "b", b, (("out_features", out_features),), X.dtype)
+    _epilogue(where, activation, dropout)
+    shape = (("batch", batch), ("out_features", out_features))
+    _outputs(where, out, {"Y": (shape, X.dtype), "saved": (shape, X.dtype)})
+
+
+def below(
+    where: str,
+    rows: int,
+    columns: int,
+    dtype: Any,
+    saved: Array | None,
+    activation: str,
+    dropout: Dropout | None,
+) -> None:
+    """The arguments that describe the layer below, shared by every backward pass."""
+    _epilogue(where, activation, dropout)
+    if ACTIVATIONS[activation].saves:
+        if saved is None:
+            raise KindError(
+                f"{where}: saved: expected what {activation}'s forward pass saved, got None"
+            )
+        array(where, "saved", saved, (("batch", rows), ("in_features", columns)), dtype)
+
+
+def linear_dgrad(
+    dZ: Array, W: Array, saved: Array | None, activation: str, dropout: Dropout | None, out: Any
+) -> None:
+    where = "linear_dgrad"
+    floating(where, "dZ", dZ, 2)
+    floating(where, "W", W, 2)
+    batch, out_features = dZ.shape
+    in_features = W.shape[1]
+    array(where, "W", W, (("out_features", out_features), "in_features"), dZ.dtype)
+    below(where, batch, in_features, dZ.dtype, saved, activation, dropout)
+    shape = (("batch", batch), ("in_features", in_features))
+    _outputs(where, out, {"dZ_prev": (shape, dZ.dtype), "db_prev": (shape[1:], dZ.dtype)})
+
+
+def linear_wgrad(dZ: Array, X: Array, out: Array | None) -> None:
+    where = "linear_wgrad"
+    floating(where, "dZ", dZ, 2)
+    floating(where, "X", X, 2)
+    array(where, "X", X, (("batch", dZ.shape[0]), "in_features"), dZ.dtype)
+    shape = (("out_features", dZ.shape[1]), ("in_features", X.shape[1]))
+    _outputs(where, None if out is None else (out,), {"dW": (shape, dZ.dtype)})
+
+
+def loss(
+    Z: Array,
+    target: Array,
+    name: str,
+    options: Mapping[str, Any],
+    activation: str,
+    sample_weight: Array | None,
+    out: Any,
+) -> None:
+    where = "loss"
+    choice(where, "name", name, LOSSES)
+    where = f"loss {name}"
+    floating(where, "Z", Z, 2)
+    batch, out_features = Z.shape
+    if name == "cross_entropy" and target.ndim == 1:
+        array(where, "target", target, (("batch", batch),), None)
+        if target.dtype.kind not in "iu":
+            raise KindError(f"{where}: target: expected integer class ids, got {target.dtype}")
+    else:
+        per_row = out_features
+        if name == "gaussian_nll":
+            if out_features % 2:
+                raise ShapeError(
+                    f"{where}: Z: expected an even number of columns (mu, log variance), got "
+                    f"{Z.shape}"
+                )
+            per_row //= 2
+        array(where, "target", target, (("batch", batch), ("outputs", per_row)), Z.real.dtype)
+    unknown = set(options) - set(LOSSES[name].options)
+    if unknown:
+        raise OptionError(
+            f"{where}: options: expected only {', '.join(LOSSES[name].options) or 'none'}; "
+            f"got {', '.join(sorted(unknown))}"
+        )
+    for option, value in options.items():
+        if isinstance(value, np.ndarray) and value.ndim:
+            array(where, option, value, (("out_features", out_features),), None)
+    _epilogue(where, activation, None)
+    if sample_weight is not None:
+        array(where, "sample_weight", sample_weight, (("batch", batch),), Z.real.dtype)
+    shape = (("batch", batch), ("out_features", out_features))
+    _outputs(where, out, {"value": ((), None), "dZ": (shape, Z.dtype), "db": (shape[1:], Z.dtype)})
+
+
+def optimizer_step(P: Array, G: Array, state: Any, scalars: Array, rule: str, out: Any) -> None:
+    where = "optimizer_step"
+    choice(where, "rule", rule, OPTIMIZERS)
+    floating(where, "P", P, 1)
+    same = (("parameters", P.shape[0]),)
+    array(where, "G", G, same, P.dtype)
+    names = OPTIMIZERS[rule].state
+    if len(state) != len(names):
+        raise ShapeError(
+            f"{where}: state: expected {len(names)} arrays ({', '.join(names)}), got {len(state)}"
+        )
+    for name, value in zip(names, state, strict=True):
+        array(where, name, value, same, P.dtype)
+    array(where, "scalars", scalars, ("scalars",), np.dtype(np.float64))
+    _outputs(where, None if out is None else (out,), {"norm": ((), np.dtype(np.float64))})
+
+
+def norm_forward(
+    where: str,
+    X: Array,
+    gamma: Array,
+    beta: Array,
+    activation: str,
+    dropout: Dropout | None,
+    out: Any,
+    statistics: int,
+) -> None:
+    """Both norms; `statistics` is the axis length of mean and rstd: features, or batch."""
+    floating(where, "X", X, 2)
+    features = (("features", X.shape[1]),)
+    array(where, "gamma", gamma, features, X.dtype)
+    array(where, "beta", beta, features, X.dtype)
+    _epilogue(where, activation, dropout)
+    shape = (("batch", X.shape[0]), *features)
+    per = (("statistics", statistics),)
+    _outputs(where, out, {
+        "Y": (shape, X.dtype), "saved": (shape, X.dtype),
+        "mean": (per, X.dtype), "rstd": (per, X.dtype),
+    })  # fmt: skip
+
+
+def norm_backward(
+    where: str,
+    dZ: Array,
+    X: Array,
+    gamma: Array,
+    mean: Array,
+    rstd: Array,
+    saved: Array | None,
+    activation: str,
+    dropout: Dropout | None,
+    out: Any,
+    statistics: int,
+) -> None:
+    floating(where, "dZ", dZ, 2)
+    shape = (("batch", dZ.shape[0]), ("features", dZ.shape[1]))
+    array(where, "X", X, shape, dZ.dtype)
+    array(where, "gamma", gamma, shape[1:], dZ.dtype)
+    for name, value in (("mean", mean), ("rstd", rstd)):
+        array(where, name, value, (("statistics", statistics),), dZ.dtype)
+    below(where, dZ.shape[0], dZ.shape[1], dZ.dtype, saved, activation, dropout)
+    _outputs(where, out, {
+        "dZ_prev": (shape, dZ.dtype), "db_prev": (shape[1:], dZ.dtype),
+        "dgamma": (shape[1:], dZ.dtype),
+    })  # fmt: skip

@@ -1,0 +1,10 @@
+"""`capture`: turn a function that calls operators into something that replays them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def capture(operators: Callable[[], None]) -> Callable[[], None]:
+    """Plain array code has nothing to prepare: replaying is calling again."""
+    return operators
