@@ -1,0 +1,190 @@
+"""From a Python function to machine code with a C entry point, compiled once per machine.
+
+Numba types and optimises the function; its LLVM text is assembled here into an object file, kept
+in a private cache folder and loaded by LLVM directly. A later process therefore never runs Numba.
+
+The folder's name is a hash of the package's sources, the versions of Numba and LLVM and the CPU's
+name and features, so an edit, an upgrade or another machine can never meet stale code. Files are
+written beside and renamed, and carry a checksum: processes that start cold together only compile
+the same thing twice. Where no private folder can be written, kernels are compiled for each process
+and one warning says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+
+Make = Callable[..., Callable[..., Any]]
+DIGEST = hashlib.sha256
+# Numba's own C convention: where to put the result, where to put an exception, the arguments.
+_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 5)
+
+_lock = threading.RLock()  # LLVM and Numba compile one thing at a time
+_addresses: dict[str, int] = {}
+_engines: list[Any] = []  # keep the code alive
+
+
+def address(make: Make, parameters: int, *key: Any) -> int:
+    """The address of `make(*key)`, compiled for int64 parameters: a pointer, then integers.
+
+    `make` returns the Python function; it and `key` name the machine code.
+    """
+    name = "_".join([make.__module__.rpartition(".")[2], make.__name__.strip("_"), *map(str, key)])
+    if name not in _addresses:
+        with _lock:
+            if name not in _addresses:
+                _addresses[name] = _load(name, _object_code(name, make, parameters, key))
+    return _addresses[name]
+
+
+@cache
+def call(entry: int) -> Callable[..., int]:
+    """`entry` as a Python callable on integers. It runs without the GIL."""
+    return _ENTRY(entry)
+
+
+def _object_code(name: str, make: Make, parameters: int, key: tuple[Any, ...]) -> bytes:
+    folder = cache_folder()
+    file = None if folder is None else folder / f"{name}.o"
+    code = None if file is None else _read(file)
+    if code is None:
+        code = _compile(name, make(*key), parameters)
+        if file is not None:
+            _write(file, code)
+    return code
+
+
+def _compile(name: str, function: Callable[..., Any], parameters: int) -> bytes:
+    import numba
+    from numba import types
+
+    # No exceptions and no reference counts: the code must stand without Numba's runtime.
+    compiled = numba.jit(
+        types.void(types.CPointer(types.int64), *[types.int64] * (parameters - 1)),
+        nopython=True,
+        error_model="numpy",
+        boundscheck=False,
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+        _nrt=False,
+    )(function)
+    text = compiled.inspect_llvm(compiled.signatures[0])
+    symbol = compiled.overloads[compiled.signatures[0]].fndesc.llvm_func_name
+    module = llvm.parse_assembly(text.replace(symbol, name))
+    return bytes(_target_machine().emit_object(module))
+
+
+def _load(name: str, code: bytes) -> int:
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return int(engine.get_function_address(name))
+
+
+def _target_machine() -> Any:
+    """A new one each time: an engine takes ownership of its own."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=cpu_features(), opt=3, jit=True
+    )
+
+
+@cache
+def cpu_features() -> str:
+    """The host's features as LLVM writes them: "+avx2,+fma,-avx512f,…"."""
+    return str(llvm.get_host_cpu_features().flatten())
+
+
+@cache
+def fingerprint() -> str:
+    """A hash of everything that machine code depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        numba_version = version("numba")
+    except PackageNotFoundError:
+        numba_version = "unknown"
+    digest = DIGEST()
+    facts = (numba_version, llvmlite.__version__, llvm.get_host_cpu_name(), cpu_features())
+    import numpy
+
+    for fact in (*facts, llvm.get_process_triple(), numpy.__version__):
+        digest.update(fact.encode() + b"\0")
+    package = Path(__file__).parent.parent
+    for source in sorted([*package.glob("*.py"), *package.glob("cpu/*.py")]):
+        digest.update(source.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+@cache
+def cache_folder() -> Path | None:
+    """The folder for this fingerprint, private to this user; None where there can be none."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    try:
+        if not os.path.isabs(base):
+            raise OSError(f"{base} is not an absolute path")
+        top = Path(base) / "fused-backprop"
+        folder = top / fingerprint()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for part in (top, folder):
+            status = part.lstat()
+            if part.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
+                raise OSError(f"{part} could be written by others")
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as problem:
+        _warn(problem)
+        return None
+
+
+def _warn(problem: Exception) -> None:
+    warnings.warn(
+        f"kernels are not cached ({problem}), so every process compiles them again; point "
+        "XDG_CACHE_HOME at a folder that only you can write",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _read(file: Path) -> bytes | None:
+    """The code in `file`, or None where there is none or it is damaged."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    size = DIGEST().digest_size
+    code = data[size:]
+    return code if code and DIGEST(code).digest() == data[:size] else None
+
+
+def _write(file: Path, code: bytes) -> None:
+    try:
+        handle, temporary = tempfile.mkstemp(dir=file.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(DIGEST(code).digest() + code)
+        os.replace(temporary, file)
+    except OSError as problem:
+        _warn(problem)
+
+
+def _after_fork() -> None:
+    """A child must not wait for a lock that a thread of its parent held."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

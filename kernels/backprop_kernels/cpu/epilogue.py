@@ -1,0 +1,156 @@
+"""What runs on a block of a product or norm while it is in cache, and how column sums end.
+
+Forward: bias, activation, dropout. Backward: dropout's mask, the activation's derivative, the
+partial column sums that become db. One machine-code function per activation and use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.program import Arguments, scratch
+
+BLOCK_ROWS = 96  # rows per partial column sum, and of a product's block: see product.py
+
+# Slots, shared by both directions. Forward: C is Z, then Y. Backward: C is dY, then dZ.
+(C_, COLUMNS, BIAS, SAVED, STREAM, LAYER, THRESHOLD, SCALE, PARTIAL, SUMS, BLOCKS) = range(11)
+
+
+def forward_epilogue(
+    Y: Array, b: Array | None, activation: str, dropout: Dropout | None, kept: Array | None
+) -> tuple[int, Arguments] | None:
+    """(address, args) that turns the products in Y into dropout(act(Y + b)); None for nothing."""
+    dropped = dropout is not None and dropout.rate > 0
+    keeps = ACTIVATIONS[activation].saves if kept is not None else ""
+    if activation == "identity" and b is None and not dropped:
+        return None
+    entry = address(_forward, 5, str(Y.dtype), activation, keeps, b is not None, dropped)
+    return entry, Arguments((Y, Y.shape[1], b, kept, *_dropout(dropout, Y.dtype), None, None, 0))
+
+
+def backward_epilogue(
+    dX: Array, saved: Array | None, activation: str, dropout: Dropout | None, db: Array | None
+) -> tuple[tuple[int, Arguments] | None, int]:
+    """((address, args), finish): from the gradient of the layer below's output to its dZ and db."""
+    dropped = dropout is not None and dropout.rate > 0
+    rows, columns = dX.shape
+    if activation == "identity" and db is None and not dropped:
+        return None, 0
+    blocks = -(-rows // BLOCK_ROWS)
+    partial = None if db is None else scratch((blocks, columns), dX.dtype)
+    entry = address(_backward, 5, str(dX.dtype), activation, db is not None, dropped)
+    arguments = Arguments(
+        (dX, columns, None, saved, *_dropout(dropout, dX.dtype), partial, db, blocks)
+    )
+    return (entry, arguments), 0 if db is None else column_sums(dX.dtype)
+
+
+def column_sums(dtype: Any) -> int:
+    """The kernel that adds the partial sums of all blocks, in order: SUMS from PARTIAL."""
+    return address(_column_sums, 4, str(dtype))
+
+
+def _dropout(dropout: Dropout | None, dtype: Any) -> tuple[Any, ...]:
+    """STREAM, LAYER, THRESHOLD, SCALE."""
+    if dropout is None or dropout.rate == 0:
+        return None, 0, 0, None
+    scale = scratch(1, dtype)
+    scale[0] = 1 / (1 - dropout.rate)
+    return dropout.stream, dropout.layer, round(dropout.rate * 2**32), scale
+
+
+def _forward(
+    dtype: str, activation: str, keeps: str, has_bias: bool, dropped: bool
+) -> Callable[..., None]:
+    from numba import types
+
+    from backprop_kernels.cpu import vector_math
+    from backprop_kernels.cpu.ir import inline
+    from backprop_kernels.cpu.memory import pointer
+    from backprop_kernels.cpu.philox import drop_row
+
+    act = inline(lambda z: ACTIVATIONS[activation].forward(vector_math, z), 1)
+    floats = pointer(getattr(types, dtype))
+    drop = drop_row(dtype)
+    keeps_Z, keeps_Y = keeps == "Z", keeps == "Y"
+
+    def epilogue(args, row, rows, column, columns):  # type: ignore[no-untyped-def]
+        C, bias, kept = floats(args[C_]), floats(args[BIAS]), floats(args[SAVED])
+        width = args[COLUMNS]
+        for i in range(row, row + rows):
+            start = i * width
+            for j in range(column, column + columns):
+                z = C[start + j]
+                if has_bias:
+                    z = z + bias[j]
+                y = act(z)
+                C[start + j] = y
+                if keeps_Z:
+                    kept[start + j] = z
+                if keeps_Y:
+                    kept[start + j] = y
+            if dropped:
+                drop(args, C, start + column, columns)
+
+    return epilogue
+
+
+def _backward(dtype: str, activation: str, sums: bool, dropped: bool) -> Callable[..., None]:
+    from numba import types
+
+    from backprop_kernels.cpu import vector_math
+    from backprop_kernels.cpu.ir import inline
+    from backprop_kernels.cpu.memory import pointer
+    from backprop_kernels.cpu.philox import drop_row
+
+    slope = inline(lambda s: ACTIVATIONS[activation].derivative(vector_math, s), 1)
+    floats = pointer(getattr(types, dtype))
+    zero = getattr(types, dtype)(0)
+    drop = drop_row(dtype)
+    curved = activation != "identity"
+
+    def epilogue(args, row, rows, column, columns):  # type: ignore[no-untyped-def]
+        C, saved = floats(args[C_]), floats(args[SAVED])
+        width = args[COLUMNS]
+        partial = floats(args[PARTIAL])
+        first = row // BLOCK_ROWS * width
+        if sums:
+            for j in range(column, column + columns):
+                partial[first + j] = zero
+        for i in range(row, row + rows):
+            start = i * width
+            if dropped:
+                drop(args, C, start + column, columns)
+            if curved:
+                for j in range(column, column + columns):
+                    C[start + j] = C[start + j] * slope(saved[start + j])
+            if sums:
+                for j in range(column, column + columns):
+                    partial[first + j] = partial[first + j] + C[start + j]
+
+    return epilogue
+
+
+def _column_sums(dtype: str) -> Callable[..., None]:
+    from numba import types
+
+    from backprop_kernels.cpu.memory import pointer
+
+    floats = pointer(getattr(types, dtype))
+    zero = getattr(types, dtype)(0)
+
+    def finish(args, sync, thread, threads):  # type: ignore[no-untyped-def]
+        partial, sums = floats(args[PARTIAL]), floats(args[SUMS])
+        width = args[COLUMNS]
+        low, high = thread * width // threads, (thread + 1) * width // threads
+        for j in range(low, high):
+            sums[j] = zero
+        for block in range(args[BLOCKS]):
+            for j in range(low, high):
+                sums[j] = sums[j] + partial[block * width + j]
+
+    return finish

@@ -1,0 +1,187 @@
+"""The threads that kernels run on: an own small pool, safe to use from any thread and after fork.
+
+A worker waits inside compiled code, without the GIL, for a few milliseconds after its last program,
+so that the next step starts in a microsecond; then it parks on a Python lock and costs nothing. A
+thread that finds the pool busy runs its program alone: results do not depend on how many took part.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from backprop_kernels.cpu.compile import address, call
+from backprop_kernels.errors import OptionError
+
+# Words of the control block, each on its own cache line. Every worker has a line of its own, from
+# WORKERS on: the number of its latest order, the number it has taken, and whether it is parked.
+TABLE, SYNC, THREADS, RUN, MUST_WAKE, WORKERS = 0, 8, 16, 24, 32, 40
+ORDERED, TAKEN, STATE = 0, 1, 2
+AWAKE, PARKED = 0, 1
+WAIT_SPINS = 40_000  # ~2 ms: longer than the Python between two steps, shorter than is rude
+
+_lock = threading.Lock()
+_limit: int | None = None
+_pool: _Pool | None = None
+_scratch = np.zeros(2, np.int64)  # where Numba's convention puts a result that nobody reads
+_SCRATCH = int(_scratch.ctypes.data)
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: the affinity mask, cut by the cgroup's CPU quota."""
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cpus = os.cpu_count() or 1
+    return max(1, min(cpus, int(_cgroup_quota() or cpus)))
+
+
+def _cgroup_quota() -> float | None:
+    """CPUs that the cgroup allows, or None where it sets no quota."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else max(1.0, int(quota) / int(period))
+    except (OSError, ValueError):
+        pass
+    try:
+        old = Path("/sys/fs/cgroup/cpu")
+        quota_us = int((old / "cpu.cfs_quota_us").read_text())
+        period_us = int((old / "cpu.cfs_period_us").read_text())
+        return max(1.0, quota_us / period_us) if quota_us > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def set_num_threads(count: int) -> None:
+    """Use at most `count` threads from now on. Results do not change, only time."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
+        raise OptionError(f"set_num_threads: count: expected an integer in 1 … 1024, got {count!r}")
+    global _limit, _pool
+    with _lock:
+        _limit = count
+        if _pool is not None:
+            _pool.close()
+            _pool = None
+
+
+def get_num_threads() -> int:
+    """How many threads a large program runs on."""
+    global _limit
+    if _limit is None:
+        _limit = available_cpus()
+    return _limit
+
+
+def run(runner: int, table: int, sync: int, wanted: int) -> None:
+    """Run the program at `table` on up to `wanted` threads, this one among them."""
+    global _pool
+    count = min(wanted, get_num_threads())
+    if count == 1 or not _lock.acquire(blocking=False):
+        call(runner)(_SCRATCH, _SCRATCH, table, sync, 0, 1, 0)
+        return
+    try:
+        if _pool is None:
+            _pool = _Pool(get_num_threads(), runner)
+        _pool.run(runner, table, sync, count)
+    finally:
+        _lock.release()
+
+
+class _Pool:
+    def __init__(self, size: int, runner: int) -> None:
+        self._control = np.zeros(WORKERS + 8 * size, np.int64)
+        self._control[RUN] = runner
+        self._address = int(self._control.ctypes.data)
+        self._start = call(address(_starter, 4))
+        self._closed = False
+        self._parks = [threading.Lock() for _ in range(size)]
+        entry = call(address(_worker, 2))
+        for index in range(1, size):
+            self._parks[index].acquire()
+            worker = threading.Thread(
+                target=self._work, args=(entry, index), daemon=True, name=f"backprop-{index}"
+            )
+            worker.start()
+
+    def _work(self, entry: Callable[..., int], index: int) -> None:
+        while not self._closed:
+            entry(_SCRATCH, _SCRATCH, self._address, index, 0, 0, 0)  # until it parks
+            self._parks[index].acquire()
+            self._control[WORKERS + 8 * index + STATE] = AWAKE
+
+    def run(self, runner: int, table: int, sync: int, count: int) -> None:
+        self._start(_SCRATCH, _SCRATCH, self._address, table, sync, count, 0)
+        if self._control[MUST_WAKE]:  # the program is ordered, but this thread has not begun it
+            for index in range(1, count):
+                if self._control[WORKERS + 8 * index + STATE] == PARKED:
+                    self._wake(index)
+            call(runner)(_SCRATCH, _SCRATCH, table, sync, 0, count, 0)
+
+    def _wake(self, index: int) -> None:
+        try:
+            self._parks[index].release()
+        except RuntimeError:
+            pass  # already released: it is on its way
+
+    def close(self) -> None:
+        """Let the workers end once they are parked."""
+        self._closed = True
+        for index in range(1, len(self._parks)):
+            self._wake(index)
+
+
+def _after_fork() -> None:
+    """A child has this thread alone: forget the pool and a lock that another may have held."""
+    global _lock, _pool
+    _lock = threading.Lock()
+    _pool = None
+
+
+def _starter() -> Callable[..., None]:
+    """Order a program and run this thread's part, unless a worker must be woken first."""
+    from backprop_kernels.cpu.memory import atomic_add, atomic_load, call_kernel
+
+    def start(control, table, sync, threads):  # type: ignore[no-untyped-def]
+        control[TABLE] = table
+        control[SYNC] = sync
+        control[THREADS] = threads
+        must_wake = 0
+        for index in range(1, threads):
+            atomic_add(control, WORKERS + 8 * index + ORDERED, 1)
+            if atomic_load(control, WORKERS + 8 * index + STATE) == PARKED:
+                must_wake = 1
+        control[MUST_WAKE] = must_wake
+        if must_wake == 0:
+            call_kernel(control[RUN], table, sync, 0, threads)
+
+    return start
+
+
+def _worker() -> Callable[..., None]:
+    """Take orders until none comes for a while, then park and return."""
+    from backprop_kernels.cpu.memory import atomic_exchange, atomic_load, call_kernel, pause
+
+    def work(control, index):  # type: ignore[no-untyped-def]
+        me = WORKERS + 8 * index
+        while True:
+            spins = 0
+            while atomic_load(control, me + ORDERED) == control[me + TAKEN]:
+                pause()
+                spins += 1
+                if spins > WAIT_SPINS:
+                    # Say so first, look again after: an order between the two must not be lost.
+                    atomic_exchange(control, me + STATE, PARKED)
+                    if atomic_load(control, me + ORDERED) == control[me + TAKEN]:
+                        return
+                    atomic_exchange(control, me + STATE, AWAKE)
+            control[me + TAKEN] += 1
+            call_kernel(control[RUN], control[TABLE], control[SYNC], index, control[THREADS])
+
+    return work
+
+
+os.register_at_fork(after_in_child=_after_fork)
