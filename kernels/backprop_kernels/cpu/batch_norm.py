@@ -1,8 +1,8 @@
 """batch_norm: statistics over the batch.  docs/derivations.md#batch_norm
 
-X (batch, features), gamma, beta (features); backward also dZ and `saved` of the layer below    read
-Y, saved (batch, features), mean, rstd (features); dZ_prev, db_prev, dgamma                   written
-running_mean, running_var (features)                                                read and written
+X (batch, features), gamma, beta (features); backward dZ and the layer below's `saved`  read
+Y, saved (batch, features), mean, rstd (features); dZ_prev, db_prev, dgamma           written
+running_mean, running_var (features)                                          read and written
 Fused: activation and dropout forward; the layer below backward.
 Two phases: statistics by strips of columns, each over all rows in order; then blocks of rows.
 """
@@ -100,7 +100,7 @@ def _forward(dtype: str) -> Callable[..., None]:
     real = getattr(types, dtype)
     floats = pointer(real)
 
-    def kernel(args, sync, thread, threads):  # type: ignore[no-untyped-def]
+    def kernel(args, sync, thread, threads):
         X, Y = floats(args[X_]), floats(args[OUT])
         gamma, beta = floats(args[GAMMA]), floats(args[BETA])
         mean, rstd = floats(args[MEAN]), floats(args[RSTD])
@@ -167,7 +167,7 @@ def _backward(dtype: str) -> Callable[..., None]:
     real = getattr(types, dtype)
     floats = pointer(real)
 
-    def kernel(args, sync, thread, threads):  # type: ignore[no-untyped-def]
+    def kernel(args, sync, thread, threads):
         X, dZ, dX = floats(args[X_]), floats(args[IN]), floats(args[OUT])
         gamma, mean, rstd = floats(args[GAMMA]), floats(args[MEAN]), floats(args[RSTD])
         sums, dgamma = float64s(args[PARTIAL]), floats(args[DGAMMA])

@@ -78,7 +78,7 @@ def _forward(
     drop = drop_row(dtype)
     keeps_Z, keeps_Y = keeps == "Z", keeps == "Y"
 
-    def epilogue(args, row, rows, column, columns):  # type: ignore[no-untyped-def]
+    def epilogue(args, row, rows, column, columns):
         C, bias, kept = floats(args[C_]), floats(args[BIAS]), floats(args[SAVED])
         width = args[COLUMNS]
         for i in range(row, row + rows):
@@ -113,7 +113,7 @@ def _backward(dtype: str, activation: str, sums: bool, dropped: bool) -> Callabl
     drop = drop_row(dtype)
     curved = activation != "identity"
 
-    def epilogue(args, row, rows, column, columns):  # type: ignore[no-untyped-def]
+    def epilogue(args, row, rows, column, columns):
         C, saved = floats(args[C_]), floats(args[SAVED])
         width = args[COLUMNS]
         partial = floats(args[PARTIAL])
@@ -143,7 +143,7 @@ def _column_sums(dtype: str) -> Callable[..., None]:
     floats = pointer(getattr(types, dtype))
     zero = getattr(types, dtype)(0)
 
-    def finish(args, sync, thread, threads):  # type: ignore[no-untyped-def]
+    def finish(args, sync, thread, threads):
         partial, sums = floats(args[PARTIAL]), floats(args[SUMS])
         width = args[COLUMNS]
         low, high = thread * width // threads, (thread + 1) * width // threads

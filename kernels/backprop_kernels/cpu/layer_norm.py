@@ -1,7 +1,7 @@
 """layer_norm: statistics over the features of each row.  docs/derivations.md#layer_norm
 
-X (batch, features), gamma, beta (features); backward also dZ and `saved` of the layer below    read
-Y, saved (batch, features), mean, rstd (batch); dZ_prev, db_prev, dgamma                      written
+X (batch, features), gamma, beta (features); backward dZ and the layer below's `saved`  read
+Y, saved (batch, features), mean, rstd (batch); dZ_prev, db_prev, dgamma              written
 Fused: activation and dropout forward; the layer below backward.
 Rows are taken in blocks; dgamma goes by partial sums of a block, as db does.
 """
@@ -86,7 +86,7 @@ def _forward(dtype: str) -> Callable[..., None]:
     floats = pointer(real)
     root = elementwise(lambda m, x: m.sqrt(x), 1)
 
-    def kernel(args, sync, thread, threads):  # type: ignore[no-untyped-def]
+    def kernel(args, sync, thread, threads):
         X, Y = floats(args[X_]), floats(args[OUT])
         gamma, beta = floats(args[GAMMA]), floats(args[BETA])
         mean, rstd = floats(args[MEAN]), floats(args[RSTD])
@@ -124,7 +124,7 @@ def _backward(dtype: str) -> Callable[..., None]:
     real = getattr(types, dtype)
     floats = pointer(real)
 
-    def kernel(args, sync, thread, threads):  # type: ignore[no-untyped-def]
+    def kernel(args, sync, thread, threads):
         X, dZ, dX = floats(args[X_]), floats(args[IN]), floats(args[OUT])
         gamma, mean, rstd = floats(args[GAMMA]), floats(args[MEAN]), floats(args[RSTD])
         partial, dgamma = floats(args[PARTIAL]), floats(args[DGAMMA])

@@ -61,7 +61,7 @@ def loss(
         target = target.astype(np.int64, copy=False)
     leaves = max(-(-rows // LEAF), 1)
     partial = None if db is None else scratch((leaves, columns), Z.dtype)
-    sums = [0] * (BLOCKS + 1)
+    sums: list[Any] = [0] * (BLOCKS + 1)
     sums[COLUMNS], sums[PARTIAL], sums[SUMS], sums[BLOCKS] = columns, partial, db, -(-rows // LEAF)
     arguments = Arguments(
         (
@@ -71,7 +71,9 @@ def loss(
             0 if db is None else column_sums(Z.dtype), Arguments(sums),
         )
     )  # fmt: skip
-    make = {"cross_entropy": _cross_entropy, "gaussian_nll": _gaussian_nll}.get(name, _elementwise)
+    make: Any = {"cross_entropy": _cross_entropy, "gaussian_nll": _gaussian_nll}.get(
+        name, _elementwise
+    )
     variant = ids if name == "cross_entropy" else name
     entry = address(make, 4, str(Z.dtype), activation, variant)
     submit(entry, arguments, flops=FLOPS * rows * columns)
@@ -116,7 +118,7 @@ def _kernel(dtype: str, weigh: Any, leaf: Any) -> Callable[..., None]:
     floats = pointer(getattr(types, dtype))
     real = getattr(types, dtype)
 
-    def kernel(args, sync, thread, threads):  # type: ignore[no-untyped-def]
+    def kernel(args, sync, thread, threads):
         rows, columns = args[ROWS], args[OUTPUTS]
         values, weights = float64s(args[VALUES]), float64s(args[WEIGHTS])
         scales, dZ = floats(args[SCALES]), floats(args[DZ])
@@ -172,7 +174,7 @@ def _row_weight(dtype: str) -> Any:
     floats = pointer(getattr(types, dtype))
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def weigh(args, i):  # type: ignore[no-untyped-def]
+    def weigh(args, i):
         return types.float64(floats(args[WEIGHT])[i]) if args[WEIGHT] != 0 else 1.0
 
     return weigh
@@ -202,7 +204,7 @@ def _elementwise(dtype: str, activation: str, name: str) -> Callable[..., None]:
     value, gradient = elementwise(value_of_z, 4), elementwise(gradient_of_z, 4)
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def leaf(args, first, last):  # type: ignore[no-untyped-def]
+    def leaf(args, first, last):
         """Values go to dZ first: LLVM vectorises the formulas, not a sum."""
         Z, T, dZ = floats(args[Z_]), floats(args[TARGET]), floats(args[DZ])
         scales, options = floats(args[SCALES]), floats(args[OPTIONS])
@@ -256,7 +258,7 @@ def _gaussian_nll(dtype: str, activation: str, name: str) -> Callable[..., None]
     saves_Y = act.saves == "Y"
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def leaf(args, first, last):  # type: ignore[no-untyped-def]
+    def leaf(args, first, last):
         Z, T, dZ = floats(args[Z_]), floats(args[TARGET]), floats(args[DZ])
         scales, columns = floats(args[SCALES]), args[OUTPUTS]
         half = columns // 2
@@ -298,7 +300,7 @@ def _cross_entropy(dtype: str, activation: str, ids: bool) -> Callable[..., None
     row_weight = _row_weight(dtype)
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def weigh(args, i):  # type: ignore[no-untyped-def]
+    def weigh(args, i):
         """With ids, class weights count as sample weights and ignored rows as nothing."""
         w = row_weight(args, i)
         if ids:
@@ -311,7 +313,7 @@ def _cross_entropy(dtype: str, activation: str, ids: bool) -> Callable[..., None
         return w
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def leaf(args, first, last):  # type: ignore[no-untyped-def]
+    def leaf(args, first, last):
         Z, dZ, scales = floats(args[Z_]), floats(args[DZ]), floats(args[SCALES])
         columns, options = args[OUTPUTS], floats(args[OPTIONS])
         smoothing = options[0]
@@ -319,7 +321,7 @@ def _cross_entropy(dtype: str, activation: str, ids: bool) -> Callable[..., None
         for i in range(first, last):
             e = i * columns
             scale = scales[i]
-            if not (scale != real(0)) or scale != scale:
+            if scale == real(0) or scale != scale:
                 for j in range(columns):
                     dZ[e + j] = scale  # 0, or NaN for a bad id
                 total += types.float64(scale)

@@ -132,7 +132,7 @@ call_epilogue = caller(5)  # (entry, args, row, rows, column, columns)
 
 
 @numba.njit(error_model="numpy", _nrt=False)
-def barrier(sync, threads):  # type: ignore[no-untyped-def]
+def barrier(sync, threads):
     """Wait until all `threads` are here; what each wrote before is then seen by all."""
     if threads == 1:
         return
@@ -151,7 +151,7 @@ def barrier(sync, threads):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(error_model="numpy", _nrt=False)
-def ticket(args, slot, threads):  # type: ignore[no-untyped-def]
+def ticket(args, slot, threads):
     """The next piece of work of a kernel: 0, 1, 2, … over all threads.
 
     Taken in turn, not dealt out: a core that another process slows takes fewer. Results do not

@@ -14,7 +14,8 @@ FLOPS = 20  # of one element, roughly
 
 # Slots. IN is X or dZ, OUT is Y or dZ_prev; MEAN and RSTD are written forward, read backward.
 (STATISTICS_TICKET, BLOCK_TICKET, X_, IN, OUT, GAMMA, BETA, MEAN, RSTD, ROWS, COLUMNS, NUMBERS,
- RUNNING_MEAN, RUNNING_VAR, DGAMMA, PARTIAL, EPILOGUE, EPILOGUE_ARGS, FINISH) = range(19)  # fmt: skip
+ RUNNING_MEAN, RUNNING_VAR, DGAMMA, PARTIAL, EPILOGUE, EPILOGUE_ARGS, FINISH,
+) = range(19)  # fmt: skip
 
 
 def forward(

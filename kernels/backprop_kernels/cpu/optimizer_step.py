@@ -42,7 +42,8 @@ def optimizer_step(
     max_norm is scaled down to it. Where ‖G‖ or `guard` (the loss) is not finite, nothing changes.
     """
     checks.optimizer_step(P, G, state, scalars, rule, out)
-    checks.contiguous("optimizer_step", P=P, G=G, **dict(zip(OPTIMIZERS[rule].state, state)))
+    named = dict(zip(OPTIMIZERS[rule].state, state, strict=True))
+    checks.contiguous("optimizer_step", P=P, G=G, **named)
     norm = np.zeros(()) if out is None else out
     size = len(P)
     arguments = Arguments(
@@ -75,33 +76,26 @@ def _kernel(dtype: str, rule: str, n_scalars: int) -> Callable[..., None]:
     scalars_of = numbers(real, n_scalars)
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def squares(G, first, last):  # type: ignore[no-untyped-def]
+    def squares(G, first, last):
         """Σ g² in float64, in eight sums: one would wait for each addition."""
         s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
         i = first
         while i + 8 <= last:
-            g0, g1, g2, g3 = float64(G[i]), float64(G[i + 1]), float64(G[i + 2]), float64(G[i + 3])
-            g4, g5, g6, g7 = (
-                float64(G[i + 4]),
-                float64(G[i + 5]),
-                float64(G[i + 6]),
-                float64(G[i + 7]),
-            )
-            s0 += g0 * g0
-            s1 += g1 * g1
-            s2 += g2 * g2
-            s3 += g3 * g3
-            s4 += g4 * g4
-            s5 += g5 * g5
-            s6 += g6 * g6
-            s7 += g7 * g7
+            s0 += float64(G[i]) * float64(G[i])
+            s1 += float64(G[i + 1]) * float64(G[i + 1])
+            s2 += float64(G[i + 2]) * float64(G[i + 2])
+            s3 += float64(G[i + 3]) * float64(G[i + 3])
+            s4 += float64(G[i + 4]) * float64(G[i + 4])
+            s5 += float64(G[i + 5]) * float64(G[i + 5])
+            s6 += float64(G[i + 6]) * float64(G[i + 6])
+            s7 += float64(G[i + 7]) * float64(G[i + 7])
             i += 8
         while i < last:
             s0 += float64(G[i]) * float64(G[i])
             i += 1
         return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
 
-    def kernel(args, sync, thread, threads):  # type: ignore[no-untyped-def]
+    def kernel(args, sync, thread, threads):
         size = args[SIZE]
         P, G = floats(args[P_]), floats(args[G_])
         S0, S1 = floats(args[STATE_0]), floats(args[STATE_1])

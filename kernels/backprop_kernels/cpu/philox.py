@@ -21,7 +21,7 @@ def drop_row(dtype: str) -> Any:
     zero = getattr(types, dtype)(0)
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def philox(x0, x1, x2, x3, k0, k1):  # type: ignore[no-untyped-def]
+    def philox(x0, x1, x2, x3, k0, k1):
         low = uint64(LOW)
         shift = uint64(32)
         for _ in range(10):
@@ -31,7 +31,7 @@ def drop_row(dtype: str) -> Any:
         return x0, x1, x2, x3
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def drop(args, C, start, count):  # type: ignore[no-untyped-def]
+    def drop(args, C, start, count):
         stream = int64s(args[STREAM])
         seed, step = uint64(stream[0]), uint64(stream[1]) & uint64(LOW)
         k0, k1 = seed & uint64(LOW), seed >> uint64(32)

@@ -78,7 +78,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
     narrow4, narrow2, narrow1 = (tiles[r, 1] for r in (4, 2, 1))
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def pack_panel(B, b_k, b_column, K, columns, panel):  # type: ignore[no-untyped-def]
+    def pack_panel(B, b_k, b_column, K, columns, panel):
         """One panel: (K, width), zero beyond `columns`."""
         source, target = floats(B), floats(panel)
         if columns < width:
@@ -96,7 +96,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
                         target[k * width + j] = source[k * b_k + j * b_column]
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def row_of_tiles(A, a_row, a_k, rows, panels, panel_size, C, c_row, K, adds, columns):  # type: ignore[no-untyped-def]
+    def row_of_tiles(A, a_row, a_k, rows, panels, panel_size, C, c_row, K, adds, columns):
         """C (rows ≤ tile rows, columns), one tile after another along the panels."""
         for j in range(0, columns, width):
             left = columns - j
@@ -127,7 +127,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
                     narrow1(a, a_row, a_k, B, width, ci, c_row, K, adds, left)
                 i += 4 if remaining >= 4 else 2 if remaining >= 2 else 1
 
-    def kernel(args, sync, thread, threads):  # type: ignore[no-untyped-def]
+    def kernel(args, sync, thread, threads):
         M, N, K = args[M_], args[N_], args[K_]
         A, a_row, a_k = args[A_], args[A_ROW], args[A_K]
         panels, C, c_row = args[PANELS], args[C_], args[C_ROW]

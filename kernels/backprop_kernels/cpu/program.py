@@ -115,7 +115,7 @@ def check_compiler() -> None:
 def _runner() -> Callable[..., None]:
     from backprop_kernels.cpu.memory import barrier, call_kernel, int64s
 
-    def run(table, sync, thread, threads):  # type: ignore[no-untyped-def]
+    def run(table, sync, thread, threads):
         for i in range(table[0]):
             args = table[2 + 2 * i]
             call_kernel(table[1 + 2 * i], args, sync, thread, threads)

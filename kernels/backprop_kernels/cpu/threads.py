@@ -7,6 +7,7 @@ thread that finds the pool busy runs its program alone: results do not depend on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -122,10 +123,8 @@ class _Pool:
             call(runner)(_SCRATCH, _SCRATCH, table, sync, 0, count, 0)
 
     def _wake(self, index: int) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # already released: it is on its way
             self._parks[index].release()
-        except RuntimeError:
-            pass  # already released: it is on its way
 
     def close(self) -> None:
         """Let the workers end once they are parked."""
@@ -145,7 +144,7 @@ def _starter() -> Callable[..., None]:
     """Order a program and run this thread's part, unless a worker must be woken first."""
     from backprop_kernels.cpu.memory import atomic_add, atomic_load, call_kernel
 
-    def start(control, table, sync, threads):  # type: ignore[no-untyped-def]
+    def start(control, table, sync, threads):
         control[TABLE] = table
         control[SYNC] = sync
         control[THREADS] = threads
@@ -165,7 +164,7 @@ def _worker() -> Callable[..., None]:
     """Take orders until none comes for a while, then park and return."""
     from backprop_kernels.cpu.memory import atomic_exchange, atomic_load, call_kernel, pause
 
-    def work(control, index):  # type: ignore[no-untyped-def]
+    def work(control, index):
         me = WORKERS + 8 * index
         while True:
             spins = 0
