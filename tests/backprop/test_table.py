@@ -64,6 +64,11 @@ def test_csv_dialects(tmp_path: Path, delimiter: str, newline: str, mark: str) -
     assert table.columns["a, b; c"].dtype == object
 
 
+def test_spaces_after_a_delimiter_do_not_hide_a_quote(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, 'n, t\n 1, "a, b"\n2,  c\n'))
+    assert same(as_lists(table), {"n": [1.0, 2.0], "t": ["a, b", "c"]})
+
+
 def test_one_column_without_a_delimiter(tmp_path: Path) -> None:
     assert same(as_lists(read_table(write(tmp_path, "n\n1\n2"))), {"n": [1.0, 2.0]})
 
@@ -395,6 +400,7 @@ def test_parquet(tmp_path: Path) -> None:
         "c": arrow.array(["u", "v", "u"]).dictionary_encode(),
         "d": arrow.array([0, 1, None], arrow.date32()),
         "e": arrow.nulls(3),
+        "g": arrow.array([2**60 + 1, 1, 2]),
     }
     parquet.write_table(arrow.table(columns), path)
     assert same(
@@ -407,6 +413,7 @@ def test_parquet(tmp_path: Path) -> None:
             "c": ["u", "v", "u"],
             "d": ["1970-01-01", "1970-01-02", None],
             "e": [NAN, NAN, NAN],
+            "g": [2.0**60, 1.0, 2.0],
         },
     )
     parquet.write_table(arrow.table({"l": [[1], [2]]}), path)
