@@ -176,6 +176,17 @@ def test_truncated_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             read_tensors(path)
 
 
+def test_partial_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_five(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(fd, [buffers[0][:5]], offset)
+
+    preadv = os.preadv
+    write_tensors(tmp_path / "m", some_tensors(), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", read_five)
+        assert_same(read_tensors(tmp_path / "m")[0], some_tensors())
+
+
 def test_damage_names_the_place_and_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "m"
     content = small_file(path)

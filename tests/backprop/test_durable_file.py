@@ -273,6 +273,21 @@ def test_only_own_unlocked_orphans_are_removed(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == kept
 
 
+def test_two_savers_of_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One save within another: neither takes the other's temporary file for an orphan."""
+
+    def save_between(fd: int) -> None:
+        monkeypatch.undo()
+        replace_file(str(tmp_path / "m"), [b"inner"])
+        assert (tmp_path / "m").read_bytes() == b"inner"
+        os.fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", save_between)
+    replace_file(str(tmp_path / "m"), [b"outer"])
+    assert (tmp_path / "m").read_bytes() == b"outer"
+    assert os.listdir(tmp_path) == ["m"]
+
+
 def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(fd: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
