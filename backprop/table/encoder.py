@@ -107,6 +107,11 @@ class Encoder:
         return self.target.classes
 
     @property
+    def outputs(self) -> int:
+        """How many outputs a network for this target has: one, or one for each of many classes."""
+        return len(self.classes) if self.task == "multiclass" else 1
+
+    @property
     def feature_names(self) -> tuple[str, ...]:
         """The columns of X: `age` for a number, `city=Rome` for a category."""
         return tuple(name for column in self.columns for name in column.features)

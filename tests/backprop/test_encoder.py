@@ -186,6 +186,7 @@ def test_classes(
     table = table_of({"x": list(map(float, range(len(values)))), "y": values})
     encoder = Encoder.fit(table, target="y")
     assert (encoder.task, encoder.classes) == (task, classes)
+    assert encoder.outputs == (1 if task == "binary" else len(classes))
     assert all(type(label) in (str, int) for label in encoder.classes)
     y = encoder.encode_target(table)
     assert y.tolist() == encoded
@@ -197,7 +198,7 @@ def test_classes(
 def test_other_numbers_are_regression(values: list[float]) -> None:
     table = table_of({"x": list(map(float, range(len(values)))), "y": values})
     encoder = Encoder.fit(table, target="y")
-    assert (encoder.task, encoder.classes) == ("regression", ())
+    assert (encoder.task, encoder.classes, encoder.outputs) == ("regression", (), 1)
     y = encoder.encode_target(table)
     expected = (np.array(values) - np.mean(values)) / np.std(values)
     np.testing.assert_array_equal(y, expected.astype(np.float32))
