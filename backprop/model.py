@@ -114,10 +114,13 @@ class Sequential:
         """The network's output (batch, out_features) for X (batch, in_features).
 
         No dropout, running statistics, the last layer's activation applied. For classifiers
-        these are logits; see `predict_proba`.
+        these are logits; see `predict_proba`. A model with an encoder also takes a `Table`.
         """
-        if self.encoder is not None and hasattr(X, "columns") and isinstance(X.columns, dict):
-            X = self.encoder.transform(X)
+        if self.encoder is not None:
+            from backprop.table import Table
+
+            if isinstance(X, Table):
+                X = self.encoder.transform(X)
         return self._predict(self.inputs(X, "predict"), batch_size or PREDICT_ROWS)
 
     def _predict(self, X: Array, rows: int) -> Array:
@@ -254,7 +257,10 @@ def load(path: str | PathLike[str], device: str = "auto") -> Sequential:
         if config["encoder"] is not None:
             from backprop.table import Encoder
 
-            model.encoder = Encoder.from_dict(config["encoder"])
+            model.encoder = encoder = Encoder.from_dict(config["encoder"])
+            ends = len(encoder.feature_names), encoder.outputs
+            if ends != (model.in_features, model.out_features):
+                raise ValueError(f"the encoder wants {ends[0]} inputs and {ends[1]} outputs")
     except (KeyError, TypeError, ValueError, RecursionError) as problem:
         raise CheckpointFormatError(f"load: {path}: architecture: {problem}") from problem
     model.load_state_dict(tensors)
