@@ -1,7 +1,7 @@
 """The demo: will a flight from New York arrive late? `make demo`, or `python -m backprop.demo`.
 
-Trains an MLP and, for comparison, a logistic regression on 2013's flights (`flights.py`), prints how
-both do on flights they have not seen, and leaves model, history and learning curves in a folder.
+Trains an MLP and, for comparison, a logistic regression on 2013's flights (`flights.py`), prints
+how both do on flights they have not seen, and leaves model, history and learning curves in a folder.
 """
 
 from __future__ import annotations

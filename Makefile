@@ -1,0 +1,41 @@
+# `make demo` trains on a year of flights; `make test` checks everything. Each installs what it
+# needs into .venv on its first run; a second run touches no network.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: demo test test-long bench clean
+.NOTPARALLEL:
+
+demo: $(VENV)/demo
+	$(RUN) -m backprop.demo $(ARGS)
+
+test: $(VENV)/dev,demo
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	$(RUN) -m pytest -m "not long" $(ARGS)
+
+test-long: $(VENV)/dev,demo,bench
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/demo,bench
+	$(RUN) benchmarks/bench_flights.py $(ARGS)
+
+# A stamp is named after the extras that were installed. Editable, so that it stays true when the
+# sources change and no build folder with old copies is left in the checkout.
+$(VENV)/dev,demo $(VENV)/demo $(VENV)/demo,bench $(VENV)/dev,demo,bench: pyproject.toml | $(VENV)/made
+	@echo "installing [$(@F)] into $(VENV), once"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
+	@touch $@
+
+$(VENV)/made:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
