@@ -10,6 +10,7 @@ import numpy as np
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import DataError, KindError, OptionError
 
+from backprop.arena import aligned_zeros
 from backprop.history import History
 from backprop.losses import Loss, options_for_kernel, resolve_loss
 from backprop.model import PREDICT_ROWS, Sequential
@@ -61,16 +62,17 @@ def fit(
     loss = resolve_loss(loss)
     options_for_kernel(loss, model.out_features)
     X, y = _checked(model, loss, X, y, "fit")
-    weight = None if sample_weight is None else weights(sample_weight, len(X), "fit")
+    columns = [X, y]
+    if sample_weight is not None:
+        columns.append(weights(sample_weight, len(X), "fit", model.dtype))
     held_out = (
         None if eval_set is None else _checked(model, loss, *_pair(eval_set), "fit: eval_set")
     )
     callbacks = list(callbacks)
 
     rows, batch_size = len(X), min(int(batch_size), len(X))
-    step = TrainStep(model, loss, optimizer, batch_size, clip_norm, weight is not None, seed)
-    buffers = step.gradients
-    buffers.put_targets(y[:batch_size])
+    step = TrainStep(model, loss, optimizer, batch_size, clip_norm, seed)
+    batch = [aligned_zeros((batch_size, *c.shape[1:]), c.dtype) for c in columns]
     order_rng = np.random.default_rng(seed)
     order = np.arange(rows)
     history = History()
@@ -84,11 +86,10 @@ def fit(
         for start in range(0, rows, batch_size):
             chosen = order[start : start + batch_size]
             n = len(chosen)
-            np.take(X, chosen, axis=0, out=buffers.X[:n], mode="clip")
-            np.take(y, chosen, axis=0, out=_target(buffers.target)[:n], mode="clip")
-            if weight is not None and buffers.weight is not None:
-                np.take(weight, chosen, out=buffers.weight[:n], mode="clip")
-            total += n * step.run(n)
+            part = [buffer[:n] for buffer in batch]
+            for column, rows_of_it in zip(columns, part, strict=True):
+                np.take(column, chosen, axis=0, out=rows_of_it, mode="clip")
+            total += n * step.run(*part)
             report.update(epoch, start + n, total / (start + n), val_loss)
         values = {"loss": total / rows, "lr": step.optimizer.lr}
         if held_out is not None:
@@ -134,8 +135,3 @@ def _pair(eval_set: Any) -> tuple[Any, Any]:
     if not isinstance(eval_set, tuple | list) or len(eval_set) != 2:
         raise KindError(f"fit: eval_set: expected (X, y), got {type(eval_set).__name__}")
     return eval_set[0], eval_set[1]
-
-
-def _target(target: Array | None) -> Array:
-    assert target is not None
-    return target

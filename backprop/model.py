@@ -94,8 +94,8 @@ class Sequential:
         """How many numbers are trained."""
         return sum(view.size for view in self.layout.views(self.parameters).values())
 
-    def inputs(self, X: Any, where: str) -> Array:
-        """X as the kernels take it: (batch, in_features), this model's dtype, C order, finite."""
+    def inputs(self, X: Any, where: str, finite: bool = True) -> Array:
+        """X as the kernels take it: (batch, in_features), this dtype, C order; checked if `finite`."""
         X = as_numbers(where, "X", X)
         if X.ndim != 2 or X.shape[1] != self.in_features:
             hint = "; is X transposed?" if X.ndim == 2 and X.shape[0] == self.in_features else ""
@@ -103,10 +103,11 @@ class Sequential:
                 f"{where}: X: expected shape (batch, in_features={self.in_features}), "
                 f"got {X.shape}{hint}"
             )
-        refuse_non_finite(where, "X", X)
+        if finite:
+            refuse_non_finite(where, "X", X)
         with np.errstate(over="ignore"):
             converted = np.ascontiguousarray(X, self.dtype)
-        if converted is not X and X.dtype.itemsize > self.dtype.itemsize:
+        if finite and X.dtype.itemsize > self.dtype.itemsize:
             refuse_non_finite(where, f"X as {self.dtype}", converted)
         return converted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,22 @@ from backprop_kernels.errors import KindError, NonFiniteError, OptionError, Shap
 from backprop_kernels.optimizers import OPTIMIZERS
 
 from backprop.arena import aligned_zeros
-from backprop.losses import Loss, options_for_kernel, refuse_non_finite, resolve_loss
-from backprop.losses import as_numbers as _as_numbers
+from backprop.losses import (
+    Loss,
+    as_numbers,
+    options_for_kernel,
+    refuse_non_finite,
+    resolve_loss,
+)
 from backprop.model import Sequential
 from backprop.optimizers import Optimizer, resolve_optimizer
 from backprop.passes import Plan, Workspace
 
 
 class Gradients:
-    """Loss and gradients of a model for batches of up to `batch_size` rows.
+    """Loss and gradients of a model for batches of up to `batch_size` rows, with their buffers."""
 
-    Holds every buffer a step needs; each batch size is captured once and then replayed.
-    """
-
-    def __init__(
-        self, model: Sequential, loss: Loss, batch_size: int, seed: int, weighted: bool
-    ) -> None:
+    def __init__(self, model: Sequential, loss: Loss, batch_size: int, seed: int) -> None:
         self.model = model
         self.loss = loss
         self.batch_size = batch_size
@@ -35,27 +36,18 @@ class Gradients:
         self.stream = np.array([seed, 0], np.int64)  # of dropout: seed, step
         self.value = np.zeros((), np.float64)
         self.workspace = Workspace(batch_size, model.dtype)
-        outputs = model.out_features // (2 if loss.name == "gaussian_nll" else 1)
-        self.X = aligned_zeros((batch_size, model.in_features), model.dtype)
-        # Class ids and dense targets need different buffers; the first batch decides.
-        self.outputs = outputs
-        self.target: Array | None = None
-        self.weight = aligned_zeros(batch_size, model.dtype) if weighted else None
 
-    def operators(self, batch: int) -> Callable[[], None]:
-        """A function that runs forward, loss and backward of `batch` rows, for capture."""
+    def operators(self, batch: int) -> Callable[..., None]:
+        """A function (X, target[, weight]) that runs forward, loss and backward of `batch` rows."""
         model, loss = self.model, self.loss
         plan = Plan(
             model.layers, model.parameters, model.statistics, model.backend, self.workspace,
             batch, self.flat, self.stream,
         )  # fmt: skip
-        assert self.target is not None
-        X, target = self.X[:batch], self.target[:batch]
-        weight = None if self.weight is None else self.weight[:batch]
         options = options_for_kernel(loss, model.out_features)
         last = plan.passes[-1]
 
-        def run() -> None:
+        def run(X: Array, target: Array, weight: Array | None = None) -> None:
             Z = plan.forward(X)
             model.backend.loss(
                 Z, target, loss.name, options, plan.output_activation, weight,
@@ -65,53 +57,33 @@ class Gradients:
 
         return run
 
-    def fill(self, X: Any, y: Any, sample_weight: Any, where: str) -> int:
-        """Check a batch and copy it in; returns its rows."""
-        X = self.model.inputs(X, where)
+    def inputs(self, X: Any, y: Any, sample_weight: Any, where: str, finite: bool) -> list[Array]:
+        """X, target and (if given) weight as the kernels take them."""
+        X = self.model.inputs(X, where, finite)
         batch = len(X)
         if not 1 <= batch <= self.batch_size:
             raise ShapeError(f"{where}: X: expected 1 … {self.batch_size} rows, got {batch}")
-        y = self.loss.targets(y, batch, self.model.out_features, self.model.dtype)
-        if (sample_weight is None) != (self.weight is None):
-            raise KindError(
-                f"{where}: sample_weight: expected "
-                + ("none" if self.weight is None else "weights")
-                + ", as the step was built; pass TrainStep(..., weighted=True) for weights"
-            )
-        if self.weight is not None:
-            self.weight[:batch] = weights(sample_weight, batch, where)
-        self.X[:batch] = X
-        self.put_targets(y)
-        return batch
-
-    def put_targets(self, y: Array) -> None:
-        """Copy checked targets into the target buffer."""
-        if self.target is None:
-            self.target = aligned_zeros((self.batch_size, *y.shape[1:]), y.dtype)
-        if y.ndim != self.target.ndim:
-            raise ShapeError(
-                "TrainStep: y: expected the kind of targets of the first batch "
-                f"({self.target.ndim} dimension(s)), got {y.ndim}"
-            )
-        self.target[: len(y)] = y
+        arrays = [X, self.loss.targets(y, batch, self.model.out_features, self.model.dtype)]
+        if sample_weight is not None:
+            arrays.append(weights(sample_weight, batch, where, self.model.dtype))
+        return arrays
 
 
 class TrainStep:
     """`step = TrainStep(model, loss, optimizer, batch_size)`; `loss = step(X, y)` trains once.
 
-    Buffers are allocated and the step is captured for a batch size on its first use; from then
-    on a step allocates nothing but its returned number. A batch may be smaller than `batch_size`.
+    A batch size is captured on its first use; from then on a step allocates nothing but its
+    returned number, and X and y are read where they lie. A batch may be smaller than `batch_size`.
 
     Args:
         model: any model; its parameters are updated in place.
         loss: a name or a `Loss`.
         optimizer: a name or e.g. `AdamW(lr=1e-3)`. Its moments are kept here.
         clip_norm: scale longer gradients down to this L2 norm.
-        weighted: whether every call passes `sample_weight`.
         seed: of dropout.
 
-    Raises NonFiniteError when loss or gradient is not finite; the parameters and moments are then
-    those of the step before.
+    Raises NonFiniteError when loss or gradient is not finite (DataError where X is the cause); the
+    parameters and moments are then those of the step before.
     """
 
     def __init__(
@@ -121,7 +93,6 @@ class TrainStep:
         optimizer: str | Optimizer = "Adam",
         batch_size: int = 32,
         clip_norm: float | None = None,
-        weighted: bool = False,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, Sequential):
@@ -132,28 +103,31 @@ class TrainStep:
             raise OptionError(f"TrainStep: clip_norm: expected > 0, got {clip_norm!r}")
         self.model = model
         self.optimizer = resolve_optimizer(optimizer)
-        self.gradients = Gradients(model, resolve_loss(loss), batch_size, seed, weighted)
+        self.gradients = Gradients(model, resolve_loss(loss), batch_size, seed)
         rule = OPTIMIZERS[self.optimizer.rule]
         self.state = {name: aligned_zeros(model.layout.size, model.dtype) for name in rule.state}
         self.steps = 0
         self.norm = np.zeros((), np.float64)
         self._scalars = np.zeros(1 + len(self.optimizer.scalars(1)), np.float64)
         self._scalars[0] = np.inf if clip_norm is None else clip_norm
-        self._captured: dict[int, Callable[[], None]] = {}
+        self._captured: dict[tuple[int, ...], Callable[..., None]] = {}
 
     def __call__(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Train on one batch: X (batch, in_features), y as the loss takes it → the loss."""
-        return self.run(self.gradients.fill(X, y, sample_weight, "TrainStep"))
+        # Finding a NaN costs a pass over X. The step itself finds it: it is looked for after that.
+        return self.run(*self.gradients.inputs(X, y, sample_weight, "TrainStep", finite=False))
 
-    def run(self, batch: int) -> float:
-        """Train on the `batch` rows that already lie in the buffers."""
-        if batch not in self._captured:
-            self._captured[batch] = self._capture(batch)
+    def run(self, *arrays: Array) -> float:
+        """Train on arrays that `Gradients.inputs` has checked: X, target[, weight]."""
+        key = (len(arrays[0]), arrays[1].ndim, len(arrays))
+        if key not in self._captured:
+            self._captured[key] = self._capture(arrays)
         self._scalars[1:] = self.optimizer.scalars(self.steps + 1)
         self.gradients.stream[1] = self.steps
-        self._captured[batch]()
+        self._captured[key](*arrays)
         value = float(self.gradients.value)
-        if not (np.isfinite(self.norm) and np.isfinite(value)):
+        if not (isfinite(self.norm) and isfinite(value)):
+            refuse_non_finite("TrainStep", "X", arrays[0])
             raise NonFiniteError(
                 f"TrainStep: step {self.steps + 1}: expected a finite loss and gradient, got loss "
                 f"{value} and gradient norm {float(self.norm)} at lr {self.optimizer.lr:g}; "
@@ -162,18 +136,18 @@ class TrainStep:
         self.steps += 1
         return value
 
-    def _capture(self, batch: int) -> Callable[[], None]:
+    def _capture(self, arrays: tuple[Array, ...]) -> Callable[..., None]:
         backend = self.model.backend
-        gradients = self.gradients.operators(batch)
+        gradients = self.gradients.operators(len(arrays[0]))
 
-        def step() -> None:
-            gradients()
+        def step(*inputs: Array) -> None:
+            gradients(*inputs)
             backend.optimizer_step(
                 self.model.parameters, self.gradients.flat, tuple(self.state.values()),
                 self._scalars, self.optimizer.rule, self.gradients.value, out=self.norm,
             )  # fmt: skip
 
-        captured: Callable[[], None] = backend.capture(step)
+        captured: Callable[..., None] = backend.capture(step, *arrays)
         return captured
 
 
@@ -186,18 +160,18 @@ def value_and_grad(
     Training mode: dropout is drawn from `seed`, batch norm uses the batch.
     """
     batch = max(len(X), 1) if hasattr(X, "__len__") else 1
-    gradients = Gradients(model, resolve_loss(loss), batch, seed, sample_weight is not None)
+    gradients = Gradients(model, resolve_loss(loss), batch, seed)
+    inputs = gradients.inputs(X, y, sample_weight, "value_and_grad", finite=True)
     statistics = {name: value.copy() for name, value in model.statistics.items()}
-    rows = gradients.fill(X, y, sample_weight, "value_and_grad")
-    gradients.operators(rows)()
+    gradients.operators(len(inputs[0]))(*inputs)
     for name, value in statistics.items():
         model.statistics[name][...] = value
     return float(gradients.value), {name: g.copy() for name, g in gradients.views.items()}
 
 
-def weights(sample_weight: Any, batch: int, where: str) -> Array:
+def weights(sample_weight: Any, batch: int, where: str, dtype: Any) -> Array:
     """Sample weights as (batch,), finite and ≥ 0."""
-    w = _as_numbers(where, "sample_weight", sample_weight)
+    w = as_numbers(where, "sample_weight", sample_weight)
     if w.shape != (batch,):
         raise ShapeError(f"{where}: sample_weight: expected shape ({batch},), got {w.shape}")
     refuse_non_finite(where, "sample_weight", w)
@@ -206,4 +180,4 @@ def weights(sample_weight: Any, batch: int, where: str) -> Array:
         raise OptionError(
             f"{where}: sample_weight: expected weights ≥ 0, got {w[row]} at row {row}"
         )
-    return w
+    return np.ascontiguousarray(w, dtype)

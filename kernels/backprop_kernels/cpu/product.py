@@ -1,8 +1,9 @@
 """The product behind linear_forward, linear_dgrad and linear_wgrad: C = A B, then an epilogue.
 
 M, N, K: C (M, N), A (M, K), B (K, N), each with any strides. One parallel phase packs B into
-panels as wide as the tile, one takes blocks of C: all of K for one block, then the operator's
-epilogue on it while it is still in cache, so no activation makes a second trip through memory.
+panels as wide as the tile (and A into panels as high, where its columns are contiguous: row-major A
+is read as it lies), one takes blocks of C: all of K for one block, then the operator's epilogue
+on it while it is still in cache, so no activation makes a second trip through memory.
 Blocks have a fixed size, and each is computed the same way by whichever thread takes it.
 """
 
@@ -21,8 +22,8 @@ BLOCK_N = 256  # columns of C per block: enough blocks for both cores at width 1
 BLOCK_K = 256  # steps of K per pass: 12 rows of A then fit in half of a 32 kB L1
 
 # Slots of a product's arguments.
-(PACK_TICKET, BLOCK_TICKET, M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, PANELS, C_, C_ROW,
- EPILOGUE, EPILOGUE_ARGS, FINISH) = range(17)  # fmt: skip
+(PACK_TICKET, BLOCK_TICKET, M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, A_PANELS, PANELS,
+ C_, C_ROW, EPILOGUE, EPILOGUE_ARGS, FINISH) = range(18)  # fmt: skip
 
 
 def multiply(
@@ -39,12 +40,15 @@ def multiply(
     entry, args = epilogue or (0, None)
     width = panel_columns(C.dtype)
     panels = scratch((-(-N // width), K, width), C.dtype)
+    height = host_shape().rows
+    # Reading a row-major A along K is as fast as reading panels; reading it across is not.
+    A_panels = scratch((-(-M // height), K, height), C.dtype) if A.strides[0] == size else None
     arguments = Arguments(
         (
             0, 0, M, N, K,
             A, A.strides[0] // size, A.strides[1] // size,
             B, B.strides[0] // size, B.strides[1] // size,
-            panels, C, N, entry, args, finish,
+            A_panels, panels, C, N, entry, args, finish,
         )
     )  # fmt: skip
     submit(address(_kernel, 4, str(C.dtype)), arguments, flops=2 * M * N * K)
@@ -60,7 +64,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
     from numba import types
 
     from backprop_kernels.cpu.memory import barrier, call_epilogue, call_kernel, pointer, ticket
-    from backprop_kernels.cpu.tile import make_tile
+    from backprop_kernels.cpu.tile import make_tile, make_transpose
 
     shape = host_shape()
     lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
@@ -73,6 +77,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
         for rows in {height, 4, 2, 1}
         for registers in {shape.registers, 1}
     }  # fmt: skip
+    transpose = make_transpose(dtype, shape.vector_bytes)
     full, narrow = tiles[height, shape.registers], tiles[height, 1]
     full4, full2, full1 = (tiles[r, shape.registers] for r in (4, 2, 1))
     narrow4, narrow2, narrow1 = (tiles[r, 1] for r in (4, 2, 1))
@@ -88,12 +93,29 @@ def _kernel(dtype: str) -> Callable[..., None]:
             for k in range(K):
                 for j in range(columns):
                     target[k * width + j] = source[k * b_k + j]
-        else:
-            # Sixteen steps of K at a time: a cache line of each source row, read once.
-            for k0 in range(0, K, 16):
-                for j in range(columns):
-                    for k in range(k0, min(k0 + 16, K)):
-                        target[k * width + j] = source[k * b_k + j * b_column]
+            return
+        # B's columns are contiguous: squares through registers, the edges one by one.
+        k_squares, j_squares = K // lanes * lanes, columns // lanes * lanes
+        for j in range(0, j_squares, lanes):
+            for k in range(0, k_squares, lanes):
+                transpose(
+                    B + (j * b_column + k) * size, b_column, panel + (k * width + j) * size, width
+                )
+        for j in range(columns):
+            for k in range(k_squares if j < j_squares else 0, K):
+                target[k * width + j] = source[k * b_k + j * b_column]
+
+    @numba.njit(error_model="numpy", _nrt=False)
+    def pack_rows(A, a_k, K, rows, panel):
+        """One panel of A whose columns are contiguous: (K, tile rows)."""
+        source, target = floats(A), floats(panel)
+        for k in range(K):
+            if rows == height:
+                for i in range(height):
+                    target[k * height + i] = source[k * a_k + i]
+            else:
+                for i in range(rows):
+                    target[k * height + i] = source[k * a_k + i]
 
     @numba.njit(error_model="numpy", _nrt=False)
     def row_of_tiles(A, a_row, a_k, rows, panels, panel_size, C, c_row, K, adds, columns):
@@ -133,10 +155,19 @@ def _kernel(dtype: str) -> Callable[..., None]:
         panels, C, c_row = args[PANELS], args[C_], args[C_ROW]
         panel_size = K * width * size  # bytes
         count = (N + width - 1) // width
+        row_panels = (M + height - 1) // height if args[A_PANELS] != 0 else 0
+        row_panel_size = K * height * size
         while True:
             t = ticket(args, PACK_TICKET, threads)
-            if t >= count:
+            if t >= count + row_panels:
                 break
+            if t >= count:
+                row = (t - count) * height
+                pack_rows(
+                    A + row * size, a_k, K, min(height, M - row),
+                    args[A_PANELS] + (t - count) * row_panel_size,
+                )  # fmt: skip
+                continue
             column = t * width
             pack_panel(
                 args[B_] + column * args[B_COLUMN] * size, args[B_K], args[B_COLUMN], K,
@@ -157,10 +188,13 @@ def _kernel(dtype: str) -> Callable[..., None]:
                 steps = min(BLOCK_K, K - k)
                 B = panels + (column // width) * panel_size + k * width * size
                 for i in range(0, rows, height):
+                    a, step_row, step_k = A + ((row + i) * a_row + k * a_k) * size, a_row, a_k
+                    if row_panels > 0:
+                        panel = args[A_PANELS] + (row + i) // height * row_panel_size
+                        a, step_row, step_k = panel + k * height * size, 1, height
                     row_of_tiles(
-                        A + ((row + i) * a_row + k * a_k) * size, a_row, a_k,
-                        min(height, rows - i), B, panel_size, block + i * c_row * size, c_row,
-                        steps, k, columns,
+                        a, step_row, step_k, min(height, rows - i), B, panel_size,
+                        block + i * c_row * size, c_row, steps, k, columns,
                     )  # fmt: skip
                 k += BLOCK_K
             if args[EPILOGUE] != 0:

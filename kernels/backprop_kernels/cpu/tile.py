@@ -195,6 +195,56 @@ def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int) -> Any:
     return tile
 
 
+def make_transpose(dtype: str, vector_bytes: int) -> Any:
+    """A Numba intrinsic: transpose(source, row, target, step): a lanes x lanes block.
+
+    source[i * row + k] becomes target[k * step + i]; both are addresses, strides in elements.
+    """
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    scalar = ir.FloatType() if dtype == "float32" else ir.DoubleType()
+    size = 4 if dtype == "float32" else 8
+    lanes = vector_bytes // size
+    vector = ir.VectorType(scalar, lanes)
+    indices = ir.VectorType(ir.IntType(32), lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, row, target, step = arguments
+        source, target = (builder.inttoptr(x, scalar.as_pointer()) for x in (source, target))
+
+        def place(base: Any, stride: Any, i: int) -> Any:
+            offset = builder.mul(stride, ir.Constant(ir.IntType(64), i))
+            return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
+
+        rows = []
+        for i in range(lanes):
+            value = builder.load(place(source, row, i))
+            value.align = size
+            rows.append(value)
+        # log2(lanes) rounds: rows i and i + half swap their off-diagonal blocks of `half` columns.
+        half = lanes // 2
+        while half:
+            low = [j if j & half == 0 else j - half + lanes for j in range(lanes)]
+            high = [j + half if j & half == 0 else j + lanes for j in range(lanes)]
+            for i in range(lanes):
+                if i & half == 0:
+                    a, b = rows[i], rows[i + half]
+                    rows[i] = builder.shuffle_vector(a, b, ir.Constant(indices, low))
+                    rows[i + half] = builder.shuffle_vector(a, b, ir.Constant(indices, high))
+            half //= 2
+        for i, value in enumerate(rows):
+            builder.store(value, place(target, step, i)).align = size
+        return context.get_dummy_value()
+
+    @intrinsic
+    def transpose(context: Any, source: Any, row: Any, target: Any, step: Any) -> Any:
+        return types.void(*[types.int64] * 4), generate
+
+    return transpose
+
+
 def _repeat(builder: Any, bit: Any, mask: Any, lanes: int, zeros: Any) -> Any:
     from llvmlite import ir
 

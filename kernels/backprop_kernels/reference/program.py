@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from backprop_kernels.arrays import Array
 
-def capture(operators: Callable[[], None]) -> Callable[[], None]:
+
+def capture(operators: Callable[..., None], *inputs: Array) -> Callable[..., None]:
     """Plain array code has nothing to prepare: replaying is calling again."""
     return operators
