@@ -24,6 +24,7 @@ from backprop_kernels.errors import (
 )
 
 from backprop import ops
+from backprop.device import get_num_threads, set_num_threads
 from backprop.fit import fit
 from backprop.gradcheck import GradientError, GradientReport, gradcheck
 from backprop.history import History
@@ -67,8 +68,10 @@ __all__ = [
     "ShapeError",
     "TrainStep",
     "fit",
+    "get_num_threads",
     "gradcheck",
     "load",
     "ops",
+    "set_num_threads",
     "value_and_grad",
 ]

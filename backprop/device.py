@@ -1,4 +1,4 @@
-"""What hardware is here, in words. Nothing is imported or touched before it is asked for."""
+"""What hardware is here, in words, and how much of it to use; nothing is imported unasked."""
 
 from __future__ import annotations
 
@@ -33,3 +33,20 @@ def cuda_problem() -> str:
 
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def set_num_threads(count: int) -> None:
+    """Let the CPU kernels use at most `count` threads. Results do not change, only time.
+
+    The default is what the process may use: its affinity mask, cut by the cgroup's CPU quota.
+    """
+    from backprop_kernels.cpu import threads
+
+    threads.set_num_threads(count)
+
+
+def get_num_threads() -> int:
+    """How many threads the CPU kernels use for large work."""
+    from backprop_kernels.cpu import threads
+
+    return threads.get_num_threads()
