@@ -99,10 +99,11 @@ def _option_table(name: str, options: Mapping[str, Any], columns: int, dtype: An
     return table
 
 
-def _kernel(dtype: str, weigh: Any, leaf: Any) -> Callable[..., None]:
-    """weigh(args, i): row i's weight in the mean. leaf(args, first, last) → Σ scaled values.
+def _kernel(dtype: str, weigh: Any, count: Any, leaf: Any) -> Callable[..., None]:
+    """weigh(args, i): row i's weight. count(args, i): what it adds to the mean's divisor.
 
-    Between the two, SCALES holds each row's weight over the total.
+    leaf(args, first, last) → Σ scaled values; before it, SCALES gets each row's weight over the
+    total of the counts.
     """
     from numba import types
 
@@ -130,7 +131,7 @@ def _kernel(dtype: str, weigh: Any, leaf: Any) -> Callable[..., None]:
                 break
             total = 0.0
             for i in range(t * LEAF, min((t + 1) * LEAF, rows)):
-                total += weigh(args, i)
+                total += count(args, i)
             weights[t] = total
         barrier(sync, threads)
         total = 0.0
@@ -143,7 +144,7 @@ def _kernel(dtype: str, weigh: Any, leaf: Any) -> Callable[..., None]:
             first, last = t * LEAF, min((t + 1) * LEAF, rows)
             for i in range(first, last):
                 w = weigh(args, i)
-                scales[i] = real(0.0 if w == 0.0 else w / total)
+                scales[i] = real(0.0 if w == 0.0 or total == 0.0 else w / total)
             values[t] = leaf(args, first, last)
             if args[FINISH] != 0:
                 partial = floats(sums[PARTIAL])
@@ -239,7 +240,8 @@ def _elementwise(dtype: str, activation: str, name: str) -> Callable[..., None]:
                 dZ[e + j] = g * share * scale
         return total
 
-    return _kernel(dtype, _row_weight(dtype), leaf)
+    weigh = _row_weight(dtype)
+    return _kernel(dtype, weigh, weigh, leaf)
 
 
 def _gaussian_nll(dtype: str, activation: str, name: str) -> Callable[..., None]:
@@ -281,7 +283,8 @@ def _gaussian_nll(dtype: str, activation: str, name: str) -> Callable[..., None]
                 dZ[e + half + j] = real(0.5) * (real(1) - square) * share * slope(kept)
         return total
 
-    return _kernel(dtype, _row_weight(dtype), leaf)
+    weigh = _row_weight(dtype)
+    return _kernel(dtype, weigh, weigh, leaf)
 
 
 def _cross_entropy(dtype: str, activation: str, ids: bool) -> Callable[..., None]:
@@ -301,7 +304,7 @@ def _cross_entropy(dtype: str, activation: str, ids: bool) -> Callable[..., None
 
     @numba.njit(error_model="numpy", _nrt=False)
     def weigh(args, i):
-        """With ids, class weights count as sample weights and ignored rows as nothing."""
+        """Ignored rows weigh nothing; an id out of range makes the loss NaN."""
         w = row_weight(args, i)
         if ids:
             label = int64s(args[TARGET])[i]
@@ -309,7 +312,14 @@ def _cross_entropy(dtype: str, activation: str, ids: bool) -> Callable[..., None
                 return 0.0
             if label < 0 or label >= args[OUTPUTS]:
                 return np.nan  # never an index
-            w *= types.float64(floats(args[OPTIONS])[args[OUTPUTS] + label])
+        return w
+
+    @numba.njit(error_model="numpy", _nrt=False)
+    def count(args, i):
+        """Class weights of ids count as sample weights: the mean divides by them too."""
+        w = weigh(args, i)
+        if ids and w > 0.0:
+            w *= types.float64(floats(args[OPTIONS])[args[OUTPUTS] + int64s(args[TARGET])[i]])
         return w
 
     @numba.njit(error_model="numpy", _nrt=False)
@@ -328,9 +338,7 @@ def _cross_entropy(dtype: str, activation: str, ids: bool) -> Callable[..., None
                 continue
             label = 0
             if ids:
-                # `scale` holds the label's class weight already; what is left multiplies all.
                 label = int64s(args[TARGET])[i]
-                scale = scale / options[columns + label]
             top = output(Z[e])
             for j in range(1, columns):
                 y = output(Z[e + j])
@@ -360,4 +368,4 @@ def _cross_entropy(dtype: str, activation: str, ids: bool) -> Callable[..., None
                 dZ[e + j] = g
         return total
 
-    return _kernel(dtype, weigh, leaf)
+    return _kernel(dtype, weigh, count, leaf)

@@ -37,14 +37,14 @@ def loss(
     weight = np.ones(len(Z), Z.real.dtype) if sample_weight is None else sample_weight
     with np.errstate(all="ignore"):
         Y = act.forward(m, Z)
+        total = weight.sum()
         if name == "cross_entropy":
-            values, dY, weight = _cross_entropy(Y, target, weight, **options)
+            values, dY, weight, total = _cross_entropy(Y, target, weight, **options)
         elif name == "gaussian_nll":
             values, dY = _gaussian_nll(Y, target)
         else:
             values, dY = _elementwise(Y, target, name, options)
-        total = weight.sum()
-        scale = np.where(weight == 0, 0, weight / np.where(total == 0, 1, total))
+        scale = np.where(total == 0, 0, weight / np.where(total == 0, 1, total))
         # A weight of 0 removes its row, even a row whose loss is infinite.
         value = np.where(scale == 0, 0, values * scale).sum()
         dZ = np.where(scale[:, None] == 0, 0, dY * scale[:, None])
@@ -76,29 +76,28 @@ def _gaussian_nll(Y: Array, target: Array) -> tuple[Array, Array]:
 def _cross_entropy(
     Z: Array, target: Array, weight: Array, label_smoothing: float, class_weight: Any,
     ignore_index: int,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Values, ∂/∂Z, and the weights that the mean divides by (PyTorch's conventions)."""
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Values, ∂/∂Z, row weights and what the mean divides by (PyTorch's conventions)."""
     classes = Z.shape[1]
-    per_class = np.ones(classes, Z.real.dtype) if class_weight is None else np.asarray(class_weight)
+    per_class = np.ones(classes) if class_weight is None else np.asarray(class_weight)
     per_class = per_class.astype(Z.real.dtype)
+    P, total = target, weight.sum()
     if target.ndim == 1:
         ignored = target == ignore_index
         check_labels(target, classes, ignored)
         ids = np.where(ignored, 0, target)
         P = (ids[:, None] == np.arange(classes)).astype(Z.real.dtype)
-        # Class weights of ids count as sample weights: the mean divides by them, below.
-        divisor = np.where(ignored, 0, weight * (per_class[ids] if classes else 1))
-        scale = np.where(divisor == 0, 0, weight) / np.where(divisor == 0, 1, divisor)
-    else:
-        P, divisor, scale = target, weight, np.ones(len(Z), Z.real.dtype)
+        weight = np.where(ignored, 0, weight)
+        # Class weights of ids count as sample weights: the mean divides by them too.
+        total = (weight * per_class[ids]).sum() if classes else weight.sum()
     P = (1 - label_smoothing) * P + label_smoothing / max(classes, 1)
-    Q = P * per_class * scale[:, None]
+    Q = P * per_class
     shifted = Z - Z.real.max(axis=1, keepdims=True, initial=-np.inf) if classes else Z
     log_sum = m.log(m.exp(shifted).sum(axis=1, keepdims=True))
     log_softmax = shifted - log_sum
     # 0 · (−∞) counts as 0: a class that carries no probability costs nothing.
     values = -np.where(Q == 0, 0, Q * log_softmax).sum(axis=1)
-    return values, m.exp(log_softmax) * Q.sum(axis=1, keepdims=True) - Q, divisor
+    return values, m.exp(log_softmax) * Q.sum(axis=1, keepdims=True) - Q, weight, total
 
 
 def check_labels(target: Array, classes: int, ignored: Array) -> None:
