@@ -1,0 +1,122 @@
+"""A captured program replays what its operators do, on what their arrays hold by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.optimizers import OPTIMIZERS
+
+
+class Network:
+    """Every operator once, on arrays of its own: a training step written out."""
+
+    def __init__(self, backend: ModuleType, dtype: np.dtype, batch: int = 37) -> None:
+        rng = np.random.default_rng(0)
+
+        def draw(*shape: int) -> Array:
+            return rng.standard_normal(shape).astype(dtype)
+
+        self.backend = backend
+        self.X, self.ids = draw(batch, 9), rng.integers(0, 5, batch)
+        self.W1, self.b1, self.W2, self.b2 = draw(33, 9), draw(33), draw(5, 33), draw(5)
+        self.gamma, self.beta = draw(33), draw(33)
+        self.running = np.zeros(33, dtype), np.ones(33, dtype)
+        self.arrays = {
+            name: np.full(shape, np.nan, dtype)
+            for name, shape in {
+                "Y1": (batch, 33), "Z1": (batch, 33), "Y2": (batch, 33), "Z": (batch, 5),
+                "mean_b": (33,), "rstd_b": (33,), "mean_l": (batch,), "rstd_l": (batch,),
+                "Y3": (batch, 33), "kept2": (batch, 33), "kept3": (batch, 33),
+                "dZ": (batch, 5), "db": (5,), "dZ3": (batch, 33), "db3": (33,),
+                "dZ2": (batch, 33), "db2": (33,), "dgamma": (33,), "dZ1": (batch, 33),
+                "db1": (33,), "dW1": (33, 9), "dW2": (5, 33), "dgamma_b": (33,),
+            }.items()
+        }  # fmt: skip
+        self.value, self.norm = np.zeros(()), np.zeros(())
+        self.stream = np.array([3, 0], np.int64)
+        rule = OPTIMIZERS["Adam"]
+        self.scalars = np.array([0.5, *rule.scalars(1, **rule.options)])
+        self.state = np.zeros(33 * 9, dtype), np.zeros(33 * 9, dtype)
+
+    def step(self) -> None:
+        k, a, drop = self.backend, self.arrays, Dropout(0.25, self.stream, 1)
+        k.linear_forward(self.X, self.W1, self.b1, "gelu", None, out=(a["Y1"], a["Z1"]))
+        k.batch_norm_forward(
+            a["Y1"], self.gamma, self.beta, *self.running, True, 0.1, 1e-5, "tanh", drop,
+            out=(a["Y2"], a["kept2"], a["mean_b"], a["rstd_b"]),
+        )  # fmt: skip
+        k.layer_norm_forward(
+            a["Y2"], self.gamma, self.beta, 1e-5, "silu", None,
+            out=(a["Y3"], a["kept3"], a["mean_l"], a["rstd_l"]),
+        )  # fmt: skip
+        k.linear_forward(a["Y3"], self.W2, self.b2, out=(a["Z"], None))
+        k.loss(a["Z"], self.ids, "cross_entropy", out=(self.value, a["dZ"], a["db"]))
+        k.linear_dgrad(a["dZ"], self.W2, a["kept3"], "silu", None, out=(a["dZ3"], a["db3"]))
+        k.layer_norm_backward(
+            a["dZ3"], a["Y2"], self.gamma, a["mean_l"], a["rstd_l"], a["kept2"], "tanh", drop,
+            out=(a["dZ2"], a["db2"], a["dgamma"]),
+        )  # fmt: skip
+        k.batch_norm_backward(
+            a["dZ2"], a["Y1"], self.gamma, a["mean_b"], a["rstd_b"], a["Z1"], "gelu", None,
+            out=(a["dZ1"], a["db1"], a["dgamma_b"]),
+        )  # fmt: skip
+        k.linear_wgrad(a["dZ1"], self.X, out=a["dW1"])
+        k.linear_wgrad(a["dZ"], a["Y3"], out=a["dW2"])
+        k.optimizer_step(
+            self.W1.reshape(-1), a["dW1"].reshape(-1), self.state, self.scalars, "Adam", self.value,
+            out=self.norm,
+        )  # fmt: skip
+
+    def bits(self) -> list[bytes]:
+        """Everything the step wrote."""
+        written = [
+            *self.arrays.values(),
+            *self.running,
+            *self.state,
+            self.W1,
+            self.value,
+            self.norm,
+        ]
+        return [a.tobytes() for a in written]
+
+
+def test_replay_gives_the_bits_of_calling(backend: ModuleType, dtype: np.dtype) -> None:
+    direct, captured = Network(backend, dtype), Network(backend, dtype)
+    replay: Callable[[], None] = backend.capture(captured.step)
+    rng = np.random.default_rng(1)
+    for step in range(3):
+        X = rng.standard_normal(direct.X.shape)
+        for network in (direct, captured):
+            network.X[...] = X
+            network.stream[1] = step
+            network.scalars[0] = 0.5 + step
+        direct.step()
+        replay()
+        assert captured.bits() == direct.bits(), f"step {step}"
+    assert not any(np.isnan(a).any() for a in captured.arrays.values())
+
+
+def test_replay_repeats_itself_bit_for_bit(backend: ModuleType, dtype: np.dtype) -> None:
+    runs = []
+    for _ in range(2):
+        network = Network(backend, dtype, batch=300)
+        replay = backend.capture(network.step)
+        for _ in range(5):
+            replay()
+        runs.append(network.bits())
+    assert runs[0] == runs[1]
+
+
+def test_two_programs_do_not_mix(backend: ModuleType, dtype: np.dtype) -> None:
+    first, second = Network(backend, dtype, 5), Network(backend, dtype, 70)
+    programs = backend.capture(first.step), backend.capture(second.step)
+    for program in (programs[1], programs[0], programs[1], programs[0]):
+        program()
+    for network in (first, second):
+        alone = Network(backend, dtype, len(network.X))
+        alone.step()
+        alone.step()
+        assert alone.bits() == network.bits()
