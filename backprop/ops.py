@@ -1,12 +1,14 @@
 """The operators as functions of arrays, with the backend picked by the arrays' type.
 
 Any layout is taken: what is not C-contiguous is copied here, once, so that the kernels never have
-to. Shapes, dtypes and formulas: `backprop_kernels.operators`, docs/derivations.md.
+to; only what an operator writes to must be C-contiguous. Shapes, dtypes and formulas:
+`backprop_kernels.operators`, docs/derivations.md.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +18,19 @@ from backprop_kernels.operators import OPERATORS
 
 from backprop.dispatch import for_arrays
 
+WRITTEN = ("P", "state", "running_mean", "running_var", "out")  # a copy would take the update
+
 
 def _operator(name: str) -> Callable[..., Any]:
+    signature = inspect.signature(getattr(reference, name))
+
     @functools.wraps(getattr(reference, name))
     def call(*arguments: Any, **options: Any) -> Any:
-        # In-place arguments keep their identity: a copy would take the update and be lost.
-        backend = for_arrays(name, *(a for a in arguments if hasattr(a, "dtype")))
-        return getattr(backend, name)(*(_contiguous(a) for a in arguments), **options)
+        given = signature.bind(*arguments, **options).arguments
+        backend = for_arrays(name, *(a for a in given.values() if getattr(a, "shape", ())))
+        return getattr(backend, name)(
+            **{k: a if k in WRITTEN else _contiguous(a) for k, a in given.items()}
+        )
 
     return call
 
