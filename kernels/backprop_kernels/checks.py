@@ -6,7 +6,7 @@ kernel would otherwise use to index memory, are checked by `loss` on the way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,18 @@ def contiguous(where: str, **arrays: Array | None) -> None:
             )
 
 
+def named_outputs(out: Sequence[Array | None] | None, *names: str) -> dict[str, Array | None]:
+    """`out` by name, for `contiguous`."""
+    return {f"out_{name}": value for name, value in zip(names, out or (), strict=False)}
+
+
 def _epilogue(where: str, activation: str, dropout: Dropout | None) -> None:
     choice(where, "activation", activation, ACTIVATIONS)
-    if dropout is not None and not 0.0 <= dropout.rate < 1.0:
+    if dropout is None:
+        return
+    if not 0.0 <= dropout.rate < 1.0:
         raise OptionError(f"{where}: dropout: expected 0 ≤ rate < 1, got {dropout.rate}")
+    array(where, "dropout stream", dropout.stream, (("seed and step", 2),), np.dtype(np.int64))
 
 
 def _outputs(where: str, out: tuple[Array | None, ...] | None, like: dict[str, Any]) -> None:
@@ -187,10 +195,13 @@ def loss(
     if sample_weight is not None:
         array(where, "sample_weight", sample_weight, (("batch", batch),), Z.real.dtype)
     shape = (("batch", batch), ("out_features", out_features))
-    _outputs(where, out, {"value": ((), None), "dZ": (shape, Z.dtype), "db": (shape[1:], Z.dtype)})
+    value = Z.dtype if Z.dtype.kind == "c" else np.dtype(np.float64)
+    _outputs(where, out, {"value": ((), value), "dZ": (shape, Z.dtype), "db": (shape[1:], Z.dtype)})
 
 
-def optimizer_step(P: Array, G: Array, state: Any, scalars: Array, rule: str, out: Any) -> None:
+def optimizer_step(
+    P: Array, G: Array, state: Any, scalars: Array, rule: str, guard: Array | None, out: Any
+) -> None:
     where = "optimizer_step"
     choice(where, "rule", rule, OPTIMIZERS)
     floating(where, "P", P, 1)
@@ -203,8 +214,12 @@ def optimizer_step(P: Array, G: Array, state: Any, scalars: Array, rule: str, ou
         )
     for name, value in zip(names, state, strict=True):
         array(where, name, value, same, P.dtype)
-    array(where, "scalars", scalars, ("scalars",), np.dtype(np.float64))
-    _outputs(where, None if out is None else (out,), {"norm": ((), np.dtype(np.float64))})
+    row, double = OPTIMIZERS[rule], np.dtype(np.float64)
+    count = 1 + len(row.scalars(1, **row.options))
+    array(where, "scalars", scalars, ((f"max_norm and those of {rule}", count),), double)
+    if guard is not None:
+        array(where, "guard", guard, (), double)
+    _outputs(where, None if out is None else (out,), {"norm": ((), double)})
 
 
 def norm_forward(
@@ -216,12 +231,15 @@ def norm_forward(
     dropout: Dropout | None,
     out: Any,
     statistics: int,
+    **running: Array,
 ) -> None:
     """Both norms; `statistics` is the axis length of mean and rstd: features, or batch."""
     floating(where, "X", X, 2)
     features = (("features", X.shape[1]),)
     array(where, "gamma", gamma, features, X.dtype)
     array(where, "beta", beta, features, X.dtype)
+    for name, value in running.items():
+        array(where, name, value, features, X.dtype)
     _epilogue(where, activation, dropout)
     shape = (("batch", X.shape[0]), *features)
     per = (("statistics", statistics),)

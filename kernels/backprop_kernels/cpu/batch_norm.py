@@ -59,8 +59,14 @@ def batch_norm_forward(
     Training uses the batch's mean and biased variance, and moves running_mean and running_var
     (unbiased, as PyTorch does) towards them by `momentum`; else the running ones are used.
     """
-    checks.norm_forward("batch_norm_forward", X, gamma, beta, activation, dropout, out, X.shape[1])
-    checks.contiguous("batch_norm_forward", X=X, gamma=gamma, beta=beta)
+    checks.norm_forward(
+        "batch_norm_forward", X, gamma, beta, activation, dropout, out, X.shape[1],
+        running_mean=running_mean, running_var=running_var,
+    )  # fmt: skip
+    checks.contiguous(
+        "batch_norm_forward", X=X, gamma=gamma, beta=beta, running_mean=running_mean,
+        running_var=running_var, **checks.named_outputs(out, "Y", "saved", "mean", "rstd"),
+    )  # fmt: skip
     numbers = scratch(4 + 2 * X.shape[1], "float64")  # then the sums of the statistics
     numbers[:3] = eps, momentum, training and len(X) > 0
     return norms.forward(
@@ -84,7 +90,10 @@ def batch_norm_backward(
     checks.norm_backward(
         "batch_norm_backward", dZ, X, gamma, mean, rstd, saved, activation, dropout, out, X.shape[1]
     )
-    checks.contiguous("batch_norm_backward", dZ=dZ, X=X, gamma=gamma, saved=saved)
+    checks.contiguous(
+        "batch_norm_backward", dZ=dZ, X=X, gamma=gamma, mean=mean, rstd=rstd, saved=saved,
+        **checks.named_outputs(out, "dZ_prev", "db_prev", "dgamma"),
+    )  # fmt: skip
     partial = scratch((2, X.shape[1]), "float64")  # Σ dZ and Σ dZ x̂
     return norms.backward(
         _backward, dZ, X, gamma, mean, rstd, saved, activation, dropout, out, partial

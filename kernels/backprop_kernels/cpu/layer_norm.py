@@ -46,7 +46,10 @@ def layer_norm_forward(
 ) -> tuple[Array, Array | None, Array, Array]:
     """X (batch, features) → Y, saved, mean (batch), rstd (batch)."""
     checks.norm_forward("layer_norm_forward", X, gamma, beta, activation, dropout, out, len(X))
-    checks.contiguous("layer_norm_forward", X=X, gamma=gamma, beta=beta)
+    checks.contiguous(
+        "layer_norm_forward", X=X, gamma=gamma, beta=beta,
+        **checks.named_outputs(out, "Y", "saved", "mean", "rstd"),
+    )  # fmt: skip
     numbers = scratch(1, "float64")
     numbers[0] = eps
     return norms.forward(
@@ -69,7 +72,10 @@ def layer_norm_backward(
     checks.norm_backward(
         "layer_norm_backward", dZ, X, gamma, mean, rstd, saved, activation, dropout, out, len(X)
     )
-    checks.contiguous("layer_norm_backward", dZ=dZ, X=X, gamma=gamma, saved=saved)
+    checks.contiguous(
+        "layer_norm_backward", dZ=dZ, X=X, gamma=gamma, mean=mean, rstd=rstd, saved=saved,
+        **checks.named_outputs(out, "dZ_prev", "db_prev", "dgamma"),
+    )  # fmt: skip
     partial = scratch((max(-(-len(X) // BLOCK_ROWS), 1), X.shape[1]), X.dtype)
     return norms.backward(
         _backward, dZ, X, gamma, mean, rstd, saved, activation, dropout, out, partial

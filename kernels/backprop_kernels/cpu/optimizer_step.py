@@ -41,9 +41,9 @@ def optimizer_step(
     scalars (float64) are [max_norm, *OPTIMIZERS[rule].scalars(step, …)]; a gradient longer than
     max_norm is scaled down to it. Where ‖G‖ or `guard` (the loss) is not finite, nothing changes.
     """
-    checks.optimizer_step(P, G, state, scalars, rule, out)
+    checks.optimizer_step(P, G, state, scalars, rule, guard, out)
     named = dict(zip(OPTIMIZERS[rule].state, state, strict=True))
-    checks.contiguous("optimizer_step", P=P, G=G, **named)
+    checks.contiguous("optimizer_step", P=P, G=G, scalars=scalars, **named)
     norm = np.zeros(()) if out is None else out
     size = len(P)
     arguments = Arguments(

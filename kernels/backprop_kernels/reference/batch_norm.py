@@ -27,7 +27,10 @@ def batch_norm_forward(
     Training uses the batch's mean and biased variance, and moves running_mean and running_var
     (unbiased, as PyTorch does) towards them by `momentum`; else the running ones are used.
     """
-    checks.norm_forward("batch_norm_forward", X, gamma, beta, activation, dropout, out, X.shape[1])
+    checks.norm_forward(
+        "batch_norm_forward", X, gamma, beta, activation, dropout, out, X.shape[1],
+        running_mean=running_mean, running_var=running_var,
+    )  # fmt: skip
     if training and len(X):
         mean = X.mean(axis=0)
         var = np.square(X - mean).mean(axis=0)

@@ -27,7 +27,7 @@ def optimizer_step(
     scalars (float64) are [max_norm, *OPTIMIZERS[rule].scalars(step, …)]; a gradient longer than
     max_norm is scaled down to it. Where ‖G‖ or `guard` (the loss) is not finite, nothing changes.
     """
-    checks.optimizer_step(P, G, state, scalars, rule, out)
+    checks.optimizer_step(P, G, state, scalars, rule, guard, out)
     with np.errstate(all="ignore"):
         norm = np.sqrt(np.sum(np.square(G, dtype=np.float64)))
         if np.isfinite(norm) and (guard is None or np.isfinite(guard)):
