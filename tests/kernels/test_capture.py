@@ -6,7 +6,9 @@ from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
+import pytest
 from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.errors import KindError
 from backprop_kernels.optimizers import OPTIMIZERS
 
 
@@ -41,9 +43,9 @@ class Network:
         self.scalars = np.array([0.5, *rule.scalars(1, **rule.options)])
         self.state = np.zeros(33 * 9, dtype), np.zeros(33 * 9, dtype)
 
-    def step(self) -> None:
+    def step(self, X: Array, ids: Array) -> None:
         k, a, drop = self.backend, self.arrays, Dropout(0.25, self.stream, 1)
-        k.linear_forward(self.X, self.W1, self.b1, "gelu", None, out=(a["Y1"], a["Z1"]))
+        k.linear_forward(X, self.W1, self.b1, "gelu", None, out=(a["Y1"], a["Z1"]))
         k.batch_norm_forward(
             a["Y1"], self.gamma, self.beta, *self.running, True, 0.1, 1e-5, "tanh", drop,
             out=(a["Y2"], a["kept2"], a["mean_b"], a["rstd_b"]),
@@ -53,7 +55,7 @@ class Network:
             out=(a["Y3"], a["kept3"], a["mean_l"], a["rstd_l"]),
         )  # fmt: skip
         k.linear_forward(a["Y3"], self.W2, self.b2, out=(a["Z"], None))
-        k.loss(a["Z"], self.ids, "cross_entropy", out=(self.value, a["dZ"], a["db"]))
+        k.loss(a["Z"], ids, "cross_entropy", out=(self.value, a["dZ"], a["db"]))
         k.linear_dgrad(a["dZ"], self.W2, a["kept3"], "silu", None, out=(a["dZ3"], a["db3"]))
         k.layer_norm_backward(
             a["dZ3"], a["Y2"], self.gamma, a["mean_l"], a["rstd_l"], a["kept2"], "tanh", drop,
@@ -63,7 +65,7 @@ class Network:
             a["dZ2"], a["Y1"], self.gamma, a["mean_b"], a["rstd_b"], a["Z1"], "gelu", None,
             out=(a["dZ1"], a["db1"], a["dgamma_b"]),
         )  # fmt: skip
-        k.linear_wgrad(a["dZ1"], self.X, out=a["dW1"])
+        k.linear_wgrad(a["dZ1"], X, out=a["dW1"])
         k.linear_wgrad(a["dZ"], a["Y3"], out=a["dW2"])
         k.optimizer_step(
             self.W1.reshape(-1), a["dW1"].reshape(-1), self.state, self.scalars, "Adam", self.value,
@@ -85,38 +87,73 @@ class Network:
 
 def test_replay_gives_the_bits_of_calling(backend: ModuleType, dtype: np.dtype) -> None:
     direct, captured = Network(backend, dtype), Network(backend, dtype)
-    replay: Callable[[], None] = backend.capture(captured.step)
+    replay: Callable[..., None] = backend.capture(captured.step, captured.X, captured.ids)
     rng = np.random.default_rng(1)
     for step in range(3):
-        X = rng.standard_normal(direct.X.shape)
-        for network in (direct, captured):
-            network.X[...] = X
-            network.stream[1] = step
-            network.scalars[0] = 0.5 + step
-        direct.step()
-        replay()
-        assert captured.bits() == direct.bits(), f"step {step}"
+        # Other arrays each time, then the contents of the same ones changed.
+        X, ids = rng.standard_normal(direct.X.shape).astype(dtype), rng.integers(0, 5, 37)
+        for _ in range(2):
+            X += 1
+            for network in (direct, captured):
+                network.stream[1] = step
+                network.scalars[0] = 0.5 + step
+            direct.step(X, ids)
+            replay(X, ids)
+            assert captured.bits() == direct.bits(), f"step {step}"
     assert not any(np.isnan(a).any() for a in captured.arrays.values())
 
 
-def test_replay_repeats_itself_bit_for_bit(backend: ModuleType, dtype: np.dtype) -> None:
+def test_capturing_computes_nothing_and_replaying_repeats_itself(
+    backend: ModuleType, dtype: np.dtype
+) -> None:
     runs = []
     for _ in range(2):
         network = Network(backend, dtype, batch=300)
-        replay = backend.capture(network.step)
+        before = network.bits()
+        replay = backend.capture(network.step, network.X, network.ids)
+        assert network.bits() == before
         for _ in range(5):
-            replay()
+            replay(network.X, network.ids)
         runs.append(network.bits())
     assert runs[0] == runs[1]
 
 
 def test_two_programs_do_not_mix(backend: ModuleType, dtype: np.dtype) -> None:
-    first, second = Network(backend, dtype, 5), Network(backend, dtype, 70)
-    programs = backend.capture(first.step), backend.capture(second.step)
-    for program in (programs[1], programs[0], programs[1], programs[0]):
-        program()
-    for network in (first, second):
+    networks = Network(backend, dtype, 5), Network(backend, dtype, 70)
+    programs = [backend.capture(n.step, n.X, n.ids) for n in networks]
+    for i in (1, 0, 1, 0):
+        programs[i](networks[i].X, networks[i].ids)
+    for network in networks:
         alone = Network(backend, dtype, len(network.X))
-        alone.step()
-        alone.step()
+        for _ in range(2):
+            alone.step(alone.X, alone.ids)
         assert alone.bits() == network.bits()
+
+
+def test_one_array_may_stand_for_two_inputs(backend: ModuleType, dtype: np.dtype) -> None:
+    rng = np.random.default_rng(0)
+    first, Z, target, dZ = (rng.standard_normal((6, 6)).astype(dtype) for _ in range(4))
+    value, db = np.zeros(()), np.zeros(6, dtype)
+
+    def loss(Z: Array, target: Array) -> None:
+        backend.loss(Z, target, "mse", out=(value, dZ, db))
+
+    backend.capture(loss, first, first)(Z, target)
+    assert value == backend.loss(Z, target, "mse")[0]
+    assert np.array_equal(dZ, backend.loss(Z, target, "mse")[1])
+
+
+def test_input_that_replaying_could_not_replace_is_refused() -> None:
+    from backprop_kernels import cpu
+
+    X, out = np.ones((3, 3)), np.ones((3, 3))
+
+    def of_a_view(A: Array) -> None:  # a view keeps the address of its first array
+        cpu.linear_forward(A[:], X, out=(out, None))
+
+    with pytest.raises(KindError) as error:
+        cpu.capture(of_a_view, X)
+    assert str(error.value) == (
+        "capture: inputs[0]: expected an array that an operator reads as it is, got one that is "
+        "read through a view or not at all; replaying could not replace it"
+    )

@@ -17,6 +17,7 @@ import numpy as np
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu import threads
 from backprop_kernels.cpu.compile import address
+from backprop_kernels.errors import KindError
 
 # A second thread costs ~2 us to join in; below this much work it does not pay.
 FLOPS_PER_THREAD = 1_500_000
@@ -78,6 +79,12 @@ class Program:
             ]
             for array in self.inputs
         ]
+        if not all(self._places):
+            lost = [bool(places) for places in self._places].index(False)
+            raise KindError(
+                f"capture: inputs[{lost}]: expected an array that an operator reads as it is, got "
+                "one that is read through a view or not at all; replaying could not replace it"
+            )
         return self
 
     def __call__(self, *inputs: Array) -> None:
@@ -106,8 +113,8 @@ def capture(operators: Callable[..., None], *inputs: Array) -> Callable[..., Non
 
     Outputs must be preallocated. `inputs` stand for arrays that change from replay to replay:
     `program(*arrays)` takes others of the same shape, dtype and layout. `operators` hands them to
-    operators as they are (a view of one would keep its first address), and what else it does is not
-    replayed.
+    operators as they are (a view of one would keep its first address: an error), and what else it
+    does is not replayed.
     """
     program = Program(inputs)
     outer = getattr(_recording, "program", None)
