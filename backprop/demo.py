@@ -1,7 +1,8 @@
 """The demo: will a flight from New York arrive late? `make demo`, or `python -m backprop.demo`.
 
 Trains an MLP and, for comparison, a logistic regression on 2013's flights (`flights.py`), prints
-how both do on flights they have not seen, and leaves model, history and learning curves in a folder.
+how both do on flights they have not seen, and leaves the MLP, its history and learning curves in a
+folder. The features are joined and computed from several tables, so the model file takes them as X.
 """
 
 from __future__ import annotations

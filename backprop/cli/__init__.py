@@ -17,9 +17,7 @@ from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
 
 from backprop import __version__
-from backprop.cli import tables
-from backprop.cli.doctor import doctor
-from backprop.cli.gradcheck import gradcheck
+from backprop.cli import doctor, gradcheck, tables
 from backprop.model import DTYPES
 from backprop.table import MAX_REFUSED
 from backprop.table.encoding import TASKS
@@ -112,10 +110,10 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--loss", choices=LOSSES, help="default: mse, or by the model's task")
     _option(check, "--rows", 16, "how many rows", type=int, metavar="N")
     _add_network(check, hidden="8,7")
-    check.set_defaults(run=gradcheck)
+    check.set_defaults(run=gradcheck.run)
 
     report = commands.add_parser("doctor", help="what works on this machine, and what to install")
-    report.set_defaults(run=lambda options: doctor())
+    report.set_defaults(run=doctor.run)
     return top
 
 

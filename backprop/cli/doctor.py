@@ -6,6 +6,7 @@ import os
 import platform
 import time
 import warnings
+from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ EXTRAS = {  # module: (what it adds, the extra that installs it)
 }
 
 
-def doctor() -> None:
+def run(options: Namespace) -> None:
     """Print the report; nothing that is wrong on the machine makes this fail."""
     for name, finding in (
         ("versions", _versions()),

@@ -11,20 +11,20 @@ from backprop_kernels.errors import OptionError
 from backprop_kernels.losses import LOSSES
 
 from backprop.cli.tables import LOSSES_OF_TASK, load_with_encoder
-from backprop.gradcheck import gradcheck as check
+from backprop.gradcheck import gradcheck
 from backprop.model import MLP
 from backprop.table import read_table
 
 FEATURES = 5  # of the random network
 
 
-def gradcheck(options: Namespace) -> None:
+def run(options: Namespace) -> None:
     """Print the largest error of each parameter; one beyond the bound is an error."""
     if options.rows < 1:
         raise OptionError(f"gradcheck: --rows: expected 1 or more, got {options.rows}")
     model, X, y, loss = _random(options) if options.model is None else _stored(options)
     print(f"{model!r}\nloss {loss}, {len(X)} rows, {type(model).__name__} on {model.device}")
-    print(check(model, X, y, loss, seed=options.seed))
+    print(gradcheck(model, X, y, loss, seed=options.seed))
 
 
 def _stored(options: Namespace) -> tuple[Any, Array, Array, str]:

@@ -1,0 +1,142 @@
+"""Training time on the flights beside scikit-learn's MLPClassifier: `make bench`.
+
+One process, the same network, batch size, epochs, optimizer and thread count; after each of our
+epochs comes one of scikit-learn's, so that a busy machine slows both. Prints one table and appends
+one line to results/flights.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+from backprop_kernels.cpu.threads import available_cpus, set_num_threads
+from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
+
+import backprop as bp
+from backprop import flights
+from backprop.metrics import auc
+
+HIDDEN = (256, 128)
+LR = 1e-3
+RESULTS = Path(__file__).parent / "results" / "flights.csv"
+
+
+def main() -> None:
+    """Measure, print, append."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    options = parser.parse_args()
+    data = flights.load("random", seed=0)
+    row = measure(data, options.threads, options.epochs, options.batch_size)
+    print(
+        f"{len(data.y_train):,} flights, {data.X_train.shape[1]} columns, hidden {HIDDEN}, ", end=""
+    )
+    print(f"batch {options.batch_size}, {options.epochs} epochs, {options.threads} thread(s) each")
+    print(f"{'':<24} {'median epoch':>12} {'all epochs':>12} {'first epoch':>12} {'AUC':>8}")
+    for name, short in (("fused-backprop", "ours"), ("scikit-learn", "sklearn")):
+        numbers = [float(row[f"{short}_{what}"]) for what in ("epoch", "total", "first", "auc")]
+        print("{:<24} {:10.3f} s {:10.2f} s {:10.2f} s {:8.4f}".format(name, *numbers))
+    print(f"{'scikit-learn ÷ ours':<24} {row['ratio_epoch']:>12} {row['ratio_total']:>12}")
+    append({**row, **machine()})
+
+
+def measure(
+    data: flights.FlightsData, threads: int, epochs: int, batch_size: int
+) -> dict[str, str]:
+    """Seconds of each epoch of both, interleaved, and both AUCs."""
+    X, y = data.X_train, data.y_train
+    set_num_threads(threads)
+    theirs = MLPClassifier(
+        HIDDEN, solver="adam", learning_rate_init=LR, batch_size=batch_size, alpha=0.0,
+        random_state=0,
+    )  # fmt: skip
+    sklearn_seconds: list[float] = []
+
+    def sklearn_epoch(epoch: int, history: bp.History) -> None:
+        started = time.perf_counter()
+        with threadpool_limits(threads):
+            theirs.partial_fit(X, y, classes=[0.0, 1.0])
+        sklearn_seconds.append(time.perf_counter() - started)
+
+    ours = bp.MLP([X.shape[1], *HIDDEN, 1])
+    started = time.perf_counter()
+    history = bp.fit(
+        ours, X, y, "bce_with_logits", bp.Adam(lr=LR), epochs, batch_size,
+        callbacks=[sklearn_epoch], progress=False,
+    )  # fmt: skip
+    # What our fit took besides: checking the data, and compiling on a machine's first run.
+    total = time.perf_counter() - started - sum(sklearn_seconds)
+    epoch, sklearn_epoch_median = median(history["seconds"]), median(sklearn_seconds)
+    numbers = {
+        "ours_epoch": epoch,
+        "sklearn_epoch": sklearn_epoch_median,
+        "ratio_epoch": sklearn_epoch_median / epoch,
+        "ours_first": history["seconds"][0],
+        "sklearn_first": sklearn_seconds[0],
+        "ours_total": total,
+        "sklearn_total": sum(sklearn_seconds),
+        "ratio_total": sum(sklearn_seconds) / total,
+        "ours_auc": auc(data.y_valid, ours.predict(data.X_valid)[:, 0]),
+        "sklearn_auc": auc(data.y_valid, theirs.predict_proba(data.X_valid)[:, 1]),
+    }
+    settings = {"threads": threads, "batch": batch_size, "epochs": epochs}
+    return {
+        **{name: str(value) for name, value in settings.items()},
+        **{name: f"{value:.4f}" for name, value in numbers.items()},
+    }
+
+
+def machine() -> dict[str, str]:
+    """Where and with what this was measured."""
+    packages = ("numpy", "numba", "scikit-learn")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent.parent,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "cpu": _cpu_model(),
+        "cpus": str(available_cpus()),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def append(row: dict[str, str]) -> None:
+    """Add one line to the results, and the header where there is none."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(f"appended to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
