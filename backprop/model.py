@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+from backprop_kernels import checks
 from backprop_kernels.activations import ACTIVATIONS, sigmoid
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import (
@@ -53,9 +54,16 @@ class Sequential:
     ) -> None:
         self.layers = list(layers)
         check_chain(self.layers)
-        if str(np.dtype(dtype)) not in DTYPES:
-            raise OptionError(f"Sequential: dtype: expected one of {DTYPES}, got {dtype!r}")
-        self.dtype = np.dtype(dtype)
+        try:
+            self.dtype = np.dtype(dtype)
+        except TypeError:
+            self.dtype = np.dtype(object)
+        if str(self.dtype) not in DTYPES:
+            raise OptionError(
+                f"Sequential: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}"
+            )
+        if seed is not None:
+            checks.integer("Sequential", "seed", seed, 0)
         self.device = device
         self.backend = for_device(device)
         self.encoder: Any = None  # how raw table rows become X, where the model was fitted on one
@@ -95,7 +103,7 @@ class Sequential:
         return sum(view.size for view in self.layout.views(self.parameters).values())
 
     def inputs(self, X: Any, where: str, finite: bool = True) -> Array:
-        """X as the kernels take it: (batch, in_features), this dtype, C order; checked if `finite`."""
+        """X as the kernels take it: (batch, in_features), C order; searched for NaN if `finite`."""
         X = as_numbers(where, "X", X)
         if X.ndim != 2 or X.shape[1] != self.in_features:
             hint = "; is X transposed?" if X.ndim == 2 and X.shape[0] == self.in_features else ""
@@ -122,6 +130,8 @@ class Sequential:
 
             if isinstance(X, Table):
                 X = self.encoder.transform(X)
+        if batch_size is not None:
+            checks.integer("predict", "batch_size", batch_size, 1)
         return self._predict(self.inputs(X, "predict"), batch_size or PREDICT_ROWS)
 
     def _predict(self, X: Array, rows: int) -> Array:
