@@ -93,6 +93,8 @@ def test_choices_go_by_the_real_part() -> None:
     np.testing.assert_array_equal(m.abs(z), [z[0], -z[1], z[2], -z[3]])
     np.testing.assert_array_equal(m.sign(z), [1, -1, 1, -1])
     np.testing.assert_array_equal(m.where(z > 0, z, 0.0), [z[0], 0, z[2], 0])
+    at_zero = np.array([-1j * STEP])
+    np.testing.assert_array_equal(m.abs(at_zero), at_zero)
 
 
 def test_at_a_kink_the_step_chooses_the_side() -> None:
