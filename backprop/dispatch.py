@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from functools import cache
@@ -44,7 +45,7 @@ def for_device(device: str) -> ModuleType:
         from backprop_kernels import reference
 
         return reference
-    if device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit()):
+    if isinstance(device, str) and re.fullmatch(r"cuda(:[0-9]+)?", device):
         raise DeviceUnavailableError(f'device "{device}": {cuda_problem()}')
     raise OptionError(
         f'device: expected "auto", "cpu", "cuda", "cuda:N" or "reference", got {device!r}'

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from backprop_kernels import checks
 from backprop_kernels.arrays import Array
-from backprop_kernels.errors import DataError, KindError, OptionError
+from backprop_kernels.errors import DataError, KindError
 
 from backprop.arena import aligned_zeros
 from backprop.history import History
@@ -56,9 +57,8 @@ def fit(
     """
     if not isinstance(model, Sequential):
         raise KindError(f"fit: model: expected a model, got {type(model).__name__}")
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise OptionError(f"fit: {name}: expected an integer ≥ 1, got {value!r}")
+    checks.integer("fit", "epochs", epochs, 1)
+    checks.integer("fit", "batch_size", batch_size, 1)
     loss = resolve_loss(loss)
     options_for_kernel(loss, model.out_features)
     X, y = _checked(model, loss, X, y, "fit")
@@ -69,6 +69,12 @@ def fit(
         None if eval_set is None else _checked(model, loss, *_pair(eval_set), "fit: eval_set")
     )
     callbacks = list(callbacks)
+    for i, callback in enumerate(callbacks):
+        if not callable(callback):
+            raise KindError(
+                f"fit: callbacks[{i}]: expected a function of (epoch, history), "
+                f"got {type(callback).__name__}"
+            )
 
     rows, batch_size = len(X), min(int(batch_size), len(X))
     step = TrainStep(model, loss, optimizer, batch_size, clip_norm, seed)

@@ -81,35 +81,33 @@ def mlp_layers(
 ) -> Iterator[Layer]:  # fmt: skip
     """Linear, norm, activation, dropout for each hidden layer; a bare Linear at the end."""
     norms = {"batch": BatchNorm, "layer": LayerNorm}
+    checks.choice("MLP", "activation", activation, ACTIVATIONS)
     if norm is not None:
         checks.choice("MLP", "norm", norm, norms)
     for fan_in, fan_out in pairwise(sizes[:-1]):
         if norm is None:
             yield Linear(fan_in, fan_out, activation, init=init)
         else:  # the norm's beta replaces the bias, its epilogue the activation
-            yield Linear(fan_in, fan_out, bias=False, init=_init_for(init, activation))
+            init_below = ACTIVATIONS[activation].init if init == "auto" else init
+            yield Linear(fan_in, fan_out, bias=False, init=init_below)
             yield norms[norm](fan_out, activation)
         if dropout:
             yield Dropout(dropout)
     yield Linear(sizes[-2], sizes[-1], output_activation, init=init)
 
 
-def _init_for(init: str, activation: str) -> str:
-    checks.choice("MLP", "activation", activation, ACTIVATIONS)
-    return ACTIVATIONS[activation].init if init == "auto" else init
-
-
 def check_chain(layers: list[Layer]) -> None:
     """Refuse layers that do not fit one another, naming the place."""
-    if not any(isinstance(layer, Linear) for layer in layers):
-        raise ShapeError("Sequential: layers: expected at least one Linear, got none")
-    width: int | None = None
     for i, layer in enumerate(layers):
         if not isinstance(layer, Layer):
             raise KindError(
                 f"Sequential: layers[{i}]: expected Linear, BatchNorm, LayerNorm or Dropout, "
                 f"got {type(layer).__name__}"
             )
+    if not any(isinstance(layer, Linear) for layer in layers):
+        raise ShapeError("Sequential: layers: expected at least one Linear, got none")
+    width: int | None = None
+    for i, layer in enumerate(layers):
         if isinstance(layer, Dropout):
             if i == 0 or isinstance(layers[i - 1], Dropout) or i == len(layers) - 1:
                 raise OptionError(

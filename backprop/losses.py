@@ -11,8 +11,8 @@ from backprop_kernels.arrays import Array
 from backprop_kernels.errors import DataError, KindError, LabelError, OptionError, ShapeError
 from backprop_kernels.losses import LOSSES, TARGETS
 
-# Options that may be one number per output.
-PER_OUTPUT = ("class_weight", "pos_weight")
+# Options of one number per output, by the dimensions they may have.
+PER_OUTPUT = {"class_weight": (1,), "pos_weight": (0, 1)}
 RANGES = {
     "delta": (1e-30, np.inf),
     "q": (0.0, 1.0),
@@ -41,19 +41,12 @@ class Loss:
                     f"Loss {name}: options: expected only {', '.join(known) or 'none'}; "
                     f"got {option!r}"
                 )
-            if option in PER_OUTPUT and value is not None and not np.isscalar(value):
-                options[option] = value = np.asarray(value, np.float64)
-            if option in RANGES and value is not None:
-                low, high = RANGES[option]
-                if not np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)):
-                    raise OptionError(
-                        f"Loss {name}: {option}: expected numbers in [{low}, {high}], got {value!r}"
-                    )
+            options[option] = _option(f"Loss {name}", option, value, known[option])
         self.options: dict[str, Any] = {**known, **options}
 
     def __repr__(self) -> str:
         known = LOSSES[self.name].options
-        changed = [f", {k}={v!r}" for k, v in self.options.items() if v is not known[k]]
+        changed = [f", {k}={v!r}" for k, v in self.options.items() if np.any(v != known[k])]
         return f"Loss({self.name!r}{''.join(changed)})"
 
     def targets(self, y: Any, batch: int, out_features: int, dtype: Any) -> Array:
@@ -63,7 +56,14 @@ class Loss:
         cross_entropy class ids (batch,) or class probabilities (batch, classes).
         """
         y = as_numbers(f"loss {self.name}", "y", y)
-        outputs = out_features // 2 if self.name == "gaussian_nll" else out_features
+        outputs = out_features
+        if self.name == "gaussian_nll":
+            if out_features % 2:
+                raise ShapeError(
+                    "loss gaussian_nll: model: expected an even number of outputs (mu, log "
+                    f"variance), got {out_features}"
+                )
+            outputs //= 2
         if self.name == "cross_entropy" and y.ndim == 1:
             self._rows(y, batch, f"({batch},) class ids or ({batch}, {outputs})")
             return self._class_ids(y, out_features)
@@ -116,6 +116,26 @@ class Loss:
             )
 
 
+def _option(where: str, option: str, value: Any, default: Any) -> Any:
+    """`value` as the kernels take it: an integer, a float, or float64 numbers per output."""
+    if value is None and default is None:
+        return None
+    if option == "ignore_index":
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise OptionError(f"{where}: {option}: expected an integer, got {value!r}")
+        return int(value)
+    dimensions = PER_OUTPUT.get(option, (0,))
+    numbers = as_numbers(where, option, value).astype(np.float64)
+    if numbers.ndim not in dimensions:
+        expected = "one number per class" if 0 not in dimensions else "a number"
+        raise OptionError(f"{where}: {option}: expected {expected}, got {value!r}")
+    low, high = RANGES[option]
+    if not (np.isfinite(numbers) & (numbers >= low) & (numbers <= high)).all():
+        interval = f"[{low}, {high}]" if np.isfinite(high) else f"[{low}, inf)"
+        raise OptionError(f"{where}: {option}: expected numbers in {interval}, got {value!r}")
+    return numbers if numbers.ndim else float(numbers)
+
+
 def resolve_loss(loss: str | Loss) -> Loss:
     """A `Loss`, from one or from its name."""
     if isinstance(loss, Loss):
@@ -135,7 +155,7 @@ def as_numbers(where: str, argument: str, value: Any) -> Array:
             f"{where}: {argument}: expected numbers, got dtype {array.dtype}"
             + (
                 "; encode text columns first (`backprop fit` does)"
-                if array.dtype.kind in "OUS"
+                if array.dtype.kind in "OUS" and argument in ("X", "y")
                 else ""
             )
         )
@@ -147,8 +167,9 @@ def refuse_non_finite(where: str, argument: str, array: Array) -> None:
     if array.dtype.kind != "f":
         return
     # One pass over memory in the good case: a sum is finite unless a term is not (or it overflows).
+    # In the array's own dtype: another would allocate a buffer on every step.
     with np.errstate(all="ignore"):
-        if np.isfinite(array.sum(dtype=np.float64)):
+        if np.isfinite(array.sum()):
             return
     bad = ~np.isfinite(array)
     if bad.any():

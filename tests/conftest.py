@@ -28,3 +28,10 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
     """The dtype of every array of the call."""
     name: str = request.param
     return np.dtype(name)
+
+
+@pytest.fixture(params=BACKENDS, scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of a model under test: each backend by its name."""
+    name: str = request.param
+    return name

@@ -28,6 +28,13 @@ def choice(where: str, argument: str, value: Any, allowed: Mapping[str, Any]) ->
         )
 
 
+def integer(where: str, argument: str, value: Any, low: int) -> None:
+    """Refuse anything but a whole number from `low` up to what an int64 holds."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not low <= value < 2**63:
+        raise OptionError(f"{where}: {argument}: expected an integer ≥ {low}, got {value!r}")
+
+
 def array(where: str, argument: str, value: Array, shape: tuple[Any, ...], dtype: Any) -> None:
     """Refuse an array of another kind, dtype or shape. `shape` may hold (name, size) pairs.
 
