@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
+from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import KindError, NonFiniteError, OptionError, ShapeError
 from backprop_kernels.optimizers import OPTIMIZERS
@@ -83,7 +84,7 @@ class TrainStep:
         seed: of dropout.
 
     Raises NonFiniteError when loss or gradient is not finite (DataError where X is the cause); the
-    parameters and moments are then those of the step before.
+    parameters, moments and running statistics are then those of the step before.
     """
 
     def __init__(
@@ -97,10 +98,11 @@ class TrainStep:
     ) -> None:
         if not isinstance(model, Sequential):
             raise KindError(f"TrainStep: model: expected a model, got {type(model).__name__}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise OptionError(f"TrainStep: batch_size: expected ≥ 1, got {batch_size!r}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise OptionError(f"TrainStep: clip_norm: expected > 0, got {clip_norm!r}")
+        checks.integer("TrainStep", "batch_size", batch_size, 1)
+        checks.integer("TrainStep", "seed", seed, 0)
+        number = isinstance(clip_norm, int | float) and not isinstance(clip_norm, bool)
+        if clip_norm is not None and not (number and clip_norm > 0):
+            raise OptionError(f"TrainStep: clip_norm: expected a number > 0, got {clip_norm!r}")
         self.model = model
         self.optimizer = resolve_optimizer(optimizer)
         self.gradients = Gradients(model, resolve_loss(loss), batch_size, seed)
@@ -111,6 +113,8 @@ class TrainStep:
         self._scalars = np.zeros(1 + len(self.optimizer.scalars(1)), np.float64)
         self._scalars[0] = np.inf if clip_norm is None else clip_norm
         self._captured: dict[tuple[int, ...], Callable[..., None]] = {}
+        # Forward moves running statistics before the step is known to be finite.
+        self._statistics = [(value, value.copy()) for value in model.statistics.values()]
 
     def __call__(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Train on one batch: X (batch, in_features), y as the loss takes it → the loss."""
@@ -122,11 +126,15 @@ class TrainStep:
         key = (len(arrays[0]), arrays[1].ndim, len(arrays))
         if key not in self._captured:
             self._captured[key] = self._capture(arrays)
+        for statistic, before in self._statistics:
+            before[...] = statistic
         self._scalars[1:] = self.optimizer.scalars(self.steps + 1)
         self.gradients.stream[1] = self.steps
         self._captured[key](*arrays)
         value = float(self.gradients.value)
         if not (isfinite(self.norm) and isfinite(value)):
+            for statistic, before in self._statistics:
+                statistic[...] = before
             refuse_non_finite("TrainStep", "X", arrays[0])
             raise NonFiniteError(
                 f"TrainStep: step {self.steps + 1}: expected a finite loss and gradient, got loss "
@@ -159,6 +167,7 @@ def value_and_grad(
 
     Training mode: dropout is drawn from `seed`, batch norm uses the batch.
     """
+    checks.integer("value_and_grad", "seed", seed, 0)
     batch = max(len(X), 1) if hasattr(X, "__len__") else 1
     gradients = Gradients(model, resolve_loss(loss), batch, seed)
     inputs = gradients.inputs(X, y, sample_weight, "value_and_grad", finite=True)
