@@ -1,10 +1,9 @@
 """The product behind linear_forward, linear_dgrad and linear_wgrad: C = A B, then an epilogue.
 
-M, N, K: C (M, N), A (M, K), B (K, N), each with any strides. One parallel phase packs B into
-panels as wide as the tile (and A into panels as high, where its columns are contiguous: row-major A
-is read as it lies), one takes blocks of C: all of K for one block, then the operator's epilogue
-on it while it is still in cache, so no activation makes a second trip through memory.
-Blocks have a fixed size, and each is computed the same way by whichever thread takes it.
+M, N, K: C (M, N), A (M, K), B (K, N). One parallel phase packs what cannot be read as it lies into
+panels as wide (B) or high (A) as the tile; one takes blocks of C: all of K for one block, then the
+operator's epilogue on it while it is still in cache, so no activation makes a second trip through
+memory. A block is computed the same way by whichever thread takes it.
 """
 
 from __future__ import annotations
@@ -18,12 +17,18 @@ from backprop_kernels.cpu.epilogue import BLOCK_ROWS
 from backprop_kernels.cpu.program import Arguments, scratch, submit
 from backprop_kernels.cpu.tile import host_shape
 
-BLOCK_N = 256  # columns of C per block: enough blocks for both cores at width 1024
+BLOCK_COLUMNS = 128  # columns of C per block, BLOCK_ROWS its rows, where C is large
+SMALLEST_COLUMNS = 32
+ENOUGH_BLOCKS = 12  # so that two cores end within a tenth of each other
+STRIP = 64  # rows of a matrix that one thread packs at a time
 BLOCK_K = 256  # steps of K per pass: 12 rows of A then fit in half of a 32 kB L1
+# Bytes from row to row up to which a matrix is read across its rows as it lies. Beyond, every step
+# of K is another page and rows fall into the same cache sets: it is packed.
+DIRECT = 2048
 
 # Slots of a product's arguments.
-(PACK_TICKET, BLOCK_TICKET, M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, A_PANELS, PANELS,
- C_, C_ROW, EPILOGUE, EPILOGUE_ARGS, FINISH) = range(18)  # fmt: skip
+(PACK_TICKET, BLOCK_TICKET, M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, A_PANELS, DIRECT_B,
+ PANELS, C_, C_ROW, ROWS, COLUMNS, EPILOGUE, EPILOGUE_ARGS, FINISH) = range(21)  # fmt: skip
 
 
 def multiply(
@@ -38,25 +43,37 @@ def multiply(
     M, K = A.shape
     N = B.shape[1]
     entry, args = epilogue or (0, None)
-    width = panel_columns(C.dtype)
-    panels = scratch((-(-N // width), K, width), C.dtype)
-    height = host_shape().rows
-    # Reading a row-major A along K is as fast as reading panels; reading it across is not.
-    A_panels = scratch((-(-M // height), K, height), C.dtype) if A.strides[0] == size else None
+    width, height = host_shape().columns(str(C.dtype)), host_shape().rows
+    direct = int(B.strides[1] == size and B.strides[0] <= DIRECT)
+    panels = scratch((1 if direct else -(-N // width), K, width), C.dtype)
+    A_panels = None
+    if A.strides[0] == size and A.strides[1] > DIRECT:
+        A_panels = scratch((-(-M // height), K, height), C.dtype)
+    rows, columns = _block(M, N, BLOCK_ROWS if finish else height)
     arguments = Arguments(
         (
             0, 0, M, N, K,
             A, A.strides[0] // size, A.strides[1] // size,
             B, B.strides[0] // size, B.strides[1] // size,
-            A_panels, panels, C, N, entry, args, finish,
+            A_panels, direct, panels, C, N, rows, columns, entry, args, finish,
         )
     )  # fmt: skip
     submit(address(_kernel, 4, str(C.dtype)), arguments, flops=2 * M * N * K)
 
 
-def panel_columns(dtype: Any) -> int:
-    """The width of a packed panel."""
-    return host_shape().columns(str(dtype))
+def _block(M: int, N: int, fewest_rows: int) -> tuple[int, int]:
+    """Rows and columns of a block: halved until there are enough to share."""
+    rows, columns = BLOCK_ROWS, BLOCK_COLUMNS
+    while -(-M // rows) * -(-N // columns) < ENOUGH_BLOCKS:
+        if columns > SMALLEST_COLUMNS and columns >= rows:
+            columns //= 2
+        elif rows > fewest_rows:
+            rows //= 2
+        elif columns > SMALLEST_COLUMNS:
+            columns //= 2
+        else:
+            break
+    return rows, columns
 
 
 def _kernel(dtype: str) -> Callable[..., None]:
@@ -64,37 +81,25 @@ def _kernel(dtype: str) -> Callable[..., None]:
     from numba import types
 
     from backprop_kernels.cpu.memory import barrier, call_epilogue, call_kernel, pointer, ticket
-    from backprop_kernels.cpu.tile import make_tile, make_transpose
+    from backprop_kernels.cpu.tile import make_transpose
 
     shape = host_shape()
     lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
     size = 4 if dtype == "float32" else 8
     floats = pointer(getattr(types, dtype))
     zero = getattr(types, dtype)(0)
-    # Heights that any number of rows below the tile's is a sum of.
-    tiles = {
-        (rows, registers): make_tile(dtype, rows, registers, shape.vector_bytes)
-        for rows in {height, 4, 2, 1}
-        for registers in {shape.registers, 1}
-    }  # fmt: skip
     transpose = make_transpose(dtype, shape.vector_bytes)
-    full, narrow = tiles[height, shape.registers], tiles[height, 1]
-    full4, full2, full1 = (tiles[r, shape.registers] for r in (4, 2, 1))
-    narrow4, narrow2, narrow1 = (tiles[r, 1] for r in (4, 2, 1))
+    tiles_along, tiles_across = _row_of_tiles(dtype, True), _row_of_tiles(dtype, False)
+
+    pack_B, pack_A = _pack_rows(dtype, width), _pack_rows(dtype, height)
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def pack_panel(B, b_k, b_column, K, columns, panel):
-        """One panel: (K, width), zero beyond `columns`."""
+    def pack_transposed(B, b_k, b_column, K, columns, panel):
+        """One panel of a B whose columns are contiguous: squares through registers, then edges."""
         source, target = floats(B), floats(panel)
         if columns < width:
             for i in range(K * width):
                 target[i] = zero
-        if b_column == 1:
-            for k in range(K):
-                for j in range(columns):
-                    target[k * width + j] = source[k * b_k + j]
-            return
-        # B's columns are contiguous: squares through registers, the edges one by one.
         k_squares, j_squares = K // lanes * lanes, columns // lanes * lanes
         for j in range(0, j_squares, lanes):
             for k in range(0, k_squares, lanes):
@@ -105,97 +110,67 @@ def _kernel(dtype: str) -> Callable[..., None]:
             for k in range(k_squares if j < j_squares else 0, K):
                 target[k * width + j] = source[k * b_k + j * b_column]
 
-    @numba.njit(error_model="numpy", _nrt=False)
-    def pack_rows(A, a_k, K, rows, panel):
-        """One panel of A whose columns are contiguous: (K, tile rows)."""
-        source, target = floats(A), floats(panel)
-        for k in range(K):
-            if rows == height:
-                for i in range(height):
-                    target[k * height + i] = source[k * a_k + i]
-            else:
-                for i in range(rows):
-                    target[k * height + i] = source[k * a_k + i]
-
-    @numba.njit(error_model="numpy", _nrt=False)
-    def row_of_tiles(A, a_row, a_k, rows, panels, panel_size, C, c_row, K, adds, columns):
-        """C (rows ≤ tile rows, columns), one tile after another along the panels."""
-        for j in range(0, columns, width):
-            left = columns - j
-            B = panels + (j // width) * panel_size
-            c = C + j * size
-            if rows == height:
-                if left > lanes:
-                    full(A, a_row, a_k, B, width, c, c_row, K, adds, left)
-                else:
-                    narrow(A, a_row, a_k, B, width, c, c_row, K, adds, left)
-                continue
-            i = 0
-            while i < rows:
-                a, ci = A + i * a_row * size, c + i * c_row * size
-                remaining = rows - i
-                if left > lanes:
-                    if remaining >= 4:
-                        full4(a, a_row, a_k, B, width, ci, c_row, K, adds, left)
-                    elif remaining >= 2:
-                        full2(a, a_row, a_k, B, width, ci, c_row, K, adds, left)
-                    else:
-                        full1(a, a_row, a_k, B, width, ci, c_row, K, adds, left)
-                elif remaining >= 4:
-                    narrow4(a, a_row, a_k, B, width, ci, c_row, K, adds, left)
-                elif remaining >= 2:
-                    narrow2(a, a_row, a_k, B, width, ci, c_row, K, adds, left)
-                else:
-                    narrow1(a, a_row, a_k, B, width, ci, c_row, K, adds, left)
-                i += 4 if remaining >= 4 else 2 if remaining >= 2 else 1
-
     def kernel(args, sync, thread, threads):
         M, N, K = args[M_], args[N_], args[K_]
         A, a_row, a_k = args[A_], args[A_ROW], args[A_K]
         panels, C, c_row = args[PANELS], args[C_], args[C_ROW]
         panel_size = K * width * size  # bytes
-        count = (N + width - 1) // width
-        row_panels = (M + height - 1) // height if args[A_PANELS] != 0 else 0
-        row_panel_size = K * height * size
+        B, b_k, b_column = args[B_], args[B_K], args[B_COLUMN]
+        direct = args[DIRECT_B] != 0
+        first = N // width if direct else 0  # panel to pack first: the ragged one, or none
+        count = (N + width - 1) // width - first
+        strips = (K + STRIP - 1) // STRIP
+        B_tickets = count if b_column != 1 else strips if count > 0 else 0
+        A_tickets = strips if args[A_PANELS] != 0 else 0
+        A_panel_size = K * height * size
         while True:
             t = ticket(args, PACK_TICKET, threads)
-            if t >= count + row_panels:
+            if t >= B_tickets + A_tickets:
                 break
-            if t >= count:
-                row = (t - count) * height
-                pack_rows(
-                    A + row * size, a_k, K, min(height, M - row),
-                    args[A_PANELS] + (t - count) * row_panel_size,
+            if t >= B_tickets:
+                pack_A(A, a_k, K, t - B_tickets, M, args[A_PANELS], A_panel_size)
+            elif b_column == 1:
+                column = first * width
+                pack_B(B + column * size, b_k, K, t, N - column, panels, panel_size)
+            else:
+                pack_transposed(
+                    B + t * width * b_column * size, b_k, b_column, K,
+                    min(width, N - t * width), panels + t * panel_size,
                 )  # fmt: skip
-                continue
-            column = t * width
-            pack_panel(
-                args[B_] + column * args[B_COLUMN] * size, args[B_K], args[B_COLUMN], K,
-                min(width, N - column), panels + t * panel_size,
-            )  # fmt: skip
         barrier(sync, threads)
-        across = (N + BLOCK_N - 1) // BLOCK_N
-        blocks = across * ((M + BLOCK_ROWS - 1) // BLOCK_ROWS)
+        block_rows, block_columns = args[ROWS], args[COLUMNS]
+        across = (N + block_columns - 1) // block_columns
+        blocks = across * ((M + block_rows - 1) // block_rows)
         while True:
             t = ticket(args, BLOCK_TICKET, threads)
             if t >= blocks:
                 break
-            row, column = t // across * BLOCK_ROWS, t % across * BLOCK_N
-            rows, columns = min(BLOCK_ROWS, M - row), min(BLOCK_N, N - column)
+            row, column = t // across * block_rows, t % across * block_columns
+            rows, columns = min(block_rows, M - row), min(block_columns, N - column)
             block = C + (row * c_row + column) * size
             k = 0
             while k == 0 or k < K:  # once even for K = 0: the product is then 0
                 steps = min(BLOCK_K, K - k)
-                B = panels + (column // width) * panel_size + k * width * size
+                block_B, step_k, step = panels + column // width * panel_size, width, panel_size
+                if direct:
+                    block_B, step_k, step = B + column * size, b_k, width * size
+                block_B += k * step_k * size
+                edge = panels + (N // width - first) * panel_size + k * width * size
                 for i in range(0, rows, height):
-                    a, step_row, step_k = A + ((row + i) * a_row + k * a_k) * size, a_row, a_k
-                    if row_panels > 0:
-                        panel = args[A_PANELS] + (row + i) // height * row_panel_size
-                        a, step_row, step_k = panel + k * height * size, 1, height
-                    row_of_tiles(
-                        a, step_row, step_k, min(height, rows - i), B, panel_size,
-                        block + i * c_row * size, c_row, steps, k, columns,
-                    )  # fmt: skip
+                    a, c = A + ((row + i) * a_row + k * a_k) * size, block + i * c_row * size
+                    tall = min(height, rows - i)
+                    if a_k == 1:
+                        tiles_along(
+                            a, a_row, tall, block_B, step, step_k, edge, c, c_row, steps, k, columns
+                        )
+                        continue
+                    a_stride = a_k
+                    if A_tickets > 0:
+                        panel = args[A_PANELS] + (row + i) // height * A_panel_size
+                        a, a_stride = panel + k * height * size, height
+                    tiles_across(
+                        a, a_stride, tall, block_B, step, step_k, edge, c, c_row, steps, k, columns
+                    )
                 k += BLOCK_K
             if args[EPILOGUE] != 0:
                 call_epilogue(args[EPILOGUE], args[EPILOGUE_ARGS], row, rows, column, columns)
@@ -204,3 +179,94 @@ def _kernel(dtype: str) -> Callable[..., None]:
             call_kernel(args[FINISH], args[EPILOGUE_ARGS], sync, thread, threads)
 
     return kernel
+
+
+def _pack_rows(dtype: str, width: int) -> Any:
+    """A Numba function: one strip of a row-major matrix into panels `width` wide, zero padded."""
+    import numba
+    from numba import types
+
+    from backprop_kernels.cpu.memory import pointer
+
+    floats = pointer(getattr(types, dtype))
+    zero = getattr(types, dtype)(0)
+    size = 4 if dtype == "float32" else 8
+
+    @numba.njit(error_model="numpy", _nrt=False)
+    def pack(matrix, stride, K, strip, columns, panels, panel_size):
+        source = floats(matrix)
+        # A few rows at a time, panel by panel: both sides are then read and written in streams.
+        for low in range(strip * STRIP, min((strip + 1) * STRIP, K), 16):
+            high = min(low + 16, K)
+            for j in range(0, columns, width):
+                target = floats(panels + j // width * panel_size + low * width * size)
+                for k in range(high - low):
+                    start = (low + k) * stride + j
+                    if j + width <= columns:
+                        for i in range(width):
+                            target[k * width + i] = source[start + i]
+                    else:
+                        for i in range(width):
+                            target[k * width + i] = source[start + i] if j + i < columns else zero
+
+    return pack
+
+
+def _row_of_tiles(dtype: str, along: bool) -> Any:
+    """A Numba function: C (rows ≤ tile rows, columns), one tile after another along the panels.
+
+    `step` is from panel to panel in bytes, `panel_k` from row to row of one in elements; `edge` is
+    the ragged panel at the right.
+    """
+    import numba
+
+    from backprop_kernels.cpu.tile import make_tile
+
+    shape = host_shape()
+    lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
+    size = 4 if dtype == "float32" else 8
+
+    def make(rows: int, registers: int) -> Any:
+        return make_tile(dtype, rows, registers, shape.vector_bytes, along)
+
+    # Any number of rows below the tile's is a sum of 4, 2 and 1; any columns of wide and narrow.
+    full, wide4, wide2, wide1 = (make(rows, shape.registers) for rows in (height, 4, 2, 1))
+    slim, narrow4, narrow2, narrow1 = (make(rows, 1) for rows in (height, 4, 2, 1))
+
+    @numba.njit(error_model="numpy", _nrt=False)
+    def row_of_tiles(
+        A, a_stride, rows, panels, step, panel_k, edge, C, c_row, K, adds, columns
+    ):  # fmt: skip
+        a_row = a_stride if along else 1
+        for j in range(0, columns, width):
+            left = columns - j
+            B, b_k = panels + (j // width) * step, panel_k
+            if left < width:
+                B, b_k = edge, width
+            c = C + j * size
+            if rows == height:
+                if left > lanes:
+                    full(A, a_stride, B, b_k, c, c_row, K, adds, left)
+                else:
+                    slim(A, a_stride, B, b_k, c, c_row, K, adds, left)
+                continue
+            i = 0
+            while i < rows:
+                a, ci = A + i * a_row * size, c + i * c_row * size
+                remaining = rows - i
+                if left > lanes:
+                    if remaining >= 4:
+                        wide4(a, a_stride, B, b_k, ci, c_row, K, adds, left)
+                    elif remaining >= 2:
+                        wide2(a, a_stride, B, b_k, ci, c_row, K, adds, left)
+                    else:
+                        wide1(a, a_stride, B, b_k, ci, c_row, K, adds, left)
+                elif remaining >= 4:
+                    narrow4(a, a_stride, B, b_k, ci, c_row, K, adds, left)
+                elif remaining >= 2:
+                    narrow2(a, a_stride, B, b_k, ci, c_row, K, adds, left)
+                else:
+                    narrow1(a, a_stride, B, b_k, ci, c_row, K, adds, left)
+                i += 4 if remaining >= 4 else 2 if remaining >= 2 else 1
+
+    return row_of_tiles

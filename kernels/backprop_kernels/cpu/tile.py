@@ -47,12 +47,14 @@ def host_shape() -> Shape:
     return next(shape for feature, shape in SHAPES.items() if not feature or feature in features)
 
 
-def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int) -> Any:
-    """A Numba intrinsic: tile(A, a_row, a_k, B, b_k, C, c_row, K, accumulate, columns).
+def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int, along: bool) -> Any:
+    """A Numba intrinsic: tile(A, a_stride, B, b_k, C, c_row, K, accumulate, columns).
 
-    A, B and C are addresses, a_row … c_row strides in elements. C gains the product where
-    `accumulate` is not 0, else is overwritten; only its first `columns` columns are touched.
-    B is read `registers` whole vectors wide: packed rows are padded.
+    A, B and C are addresses; a_stride, b_k, c_row strides in elements. `along`: A's rows are
+    contiguous along K and a_stride is from row to row; else its columns are, and a_stride is from
+    one step of K to the next. C gains the product where `accumulate` is not 0, else is
+    overwritten; only its first `columns` columns are touched. B is read `registers` whole vectors
+    wide: ragged panels are padded.
     """
     from llvmlite import ir
     from numba import types
@@ -66,6 +68,7 @@ def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int) -> Any:
     mask = ir.VectorType(ir.IntType(1), lanes)
     word = ir.IntType(64)
     suffix = f"v{lanes}f{8 * size}"
+    zero = ir.Constant(vector, [0.0] * lanes)
 
     def number(n: int) -> Any:
         return ir.Constant(word, n)
@@ -77,7 +80,8 @@ def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int) -> Any:
         return builder.shuffle_vector(first, undefined, zeros)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        A, a_row, a_k, B, b_k, C, c_row, K, accumulate, columns = arguments
+        A, a_stride, B, b_k, C, c_row, K, accumulate, columns = arguments
+        a_row, a_k = (a_stride, number(1)) if along else (number(1), a_stride)
         pointer = scalar.as_pointer()
         A, B, C = (builder.inttoptr(x, pointer) for x in (A, B, C))
         module = builder.module
@@ -113,43 +117,52 @@ def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int) -> Any:
                 )
                 builder.call(prefetch, [line, *(ir.Constant(where, n) for n in (1, 3, 1))])
 
-        A_rows = [builder.gep(A, [builder.mul(a_row, number(i))]) for i in range(rows)]
+        # One pointer for every three rows, which x86 addresses as p, p + row, p + 2 row. Left
+        # alone, LLVM walks a single pointer from row to row, a chain of additions longer than the
+        # multiplications it feeds. Annotated numbers it takes for unrelated.
+        byte = ir.IntType(8).as_pointer()
+        annotate = get_or_insert_function(
+            module, ir.FunctionType(word, [word, byte, byte, where]), "llvm.annotation.i64.p0"
+        )
+        nothing = [ir.Constant(byte, None), ir.Constant(byte, None), ir.Constant(where, 0)]
+        starts = [B]
+        for i in range(0, rows, 3):
+            start = builder.gep(A, [builder.mul(a_row, number(i))])
+            hidden = builder.call(annotate, [builder.ptrtoint(start, word), *nothing])
+            starts.append(builder.inttoptr(hidden, pointer))
+        starts += [zero] * (rows * registers)
+
         before = builder.block
         loop = builder.append_basic_block("k")
         after = builder.append_basic_block("store")
         builder.cbranch(builder.icmp_signed(">", K, number(0)), loop, after)
         builder.position_at_end(loop)
-        k = builder.phi(word)
-        sums = [builder.phi(vector) for _ in range(rows * registers)]
-        b_offset = builder.mul(k, b_k)
-        loaded = []
+        k, now = builder.phi(word), [builder.phi(x.type) for x in starts]
+        B_now, A_now, sums = now[0], now[1 : -rows * registers], now[-rows * registers :]
+        B_row = []
         for j in range(registers):
-            value = builder.load(at(B, builder.add(b_offset, number(j * lanes))))
-            value.align = size
-            loaded.append(value)
-        a_offset = builder.mul(k, a_k)
-        new = []
+            B_row.append(builder.load(at(B_now, number(j * lanes))))
+            B_row[j].align = size
+        then = [builder.gep(B_now, [b_k]), *(builder.gep(p, [a_k]) for p in A_now)]
         for i in range(rows):
-            a = splat(builder, builder.load(builder.gep(A_rows[i], [a_offset])))
-            new += [
-                builder.call(fma, [a, loaded[j], sums[i * registers + j]]) for j in range(registers)
-            ]
+            place = builder.gep(A_now[i // 3], [builder.mul(a_row, number(i % 3))])
+            a = splat(builder, builder.load(place))
+            for j in range(registers):
+                then.append(builder.call(fma, [a, B_row[j], sums[i * registers + j]]))
         following = builder.add(k, number(1))
         builder.cbranch(builder.icmp_signed("<", following, K), loop, after)
-        zero = ir.Constant(vector, [0.0] * lanes)
         k.add_incoming(number(0), before)
         k.add_incoming(following, loop)
-        for phi, value in zip(sums, new, strict=True):
-            phi.add_incoming(zero, before)
-            phi.add_incoming(value, loop)
+        for phi, first, last in zip(now, starts, then, strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(last, loop)
 
         builder.position_at_end(after)
         totals = []
-        for value in new:
-            total = builder.phi(vector)
-            total.add_incoming(zero, before)
-            total.add_incoming(value, loop)
-            totals.append(total)
+        for value in then[-rows * registers :]:
+            totals.append(builder.phi(vector))
+            totals[-1].add_incoming(zero, before)
+            totals[-1].add_incoming(value, loop)
         adds = builder.icmp_signed("!=", accumulate, number(0))
         whole = builder.icmp_signed(">=", columns, number(registers * lanes))
         alignment = ir.Constant(where, size)
@@ -187,10 +200,10 @@ def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int) -> Any:
 
     @intrinsic
     def tile(
-        context: Any, A: Any, a_row: Any, a_k: Any, B: Any, b_k: Any, C: Any, c_row: Any, K: Any,
+        context: Any, A: Any, a_stride: Any, B: Any, b_k: Any, C: Any, c_row: Any, K: Any,
         accumulate: Any, columns: Any,
     ) -> Any:  # fmt: skip
-        return types.void(*[types.int64] * 10), generate
+        return types.void(*[types.int64] * 9), generate
 
     return tile
 
