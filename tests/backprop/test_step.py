@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backprop_kernels.arrays import Array
 
 import backprop as bp
 from backprop.layers import Layer
