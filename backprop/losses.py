@@ -129,7 +129,7 @@ def _option(where: str, option: str, value: Any, default: Any) -> Any:
     if numbers.ndim not in dimensions:
         expected = "one number per class" if 0 not in dimensions else "a number"
         raise OptionError(f"{where}: {option}: expected {expected}, got {value!r}")
-    low, high = RANGES[option]
+    low, high = RANGES.get(option, (-np.inf, np.inf))
     if not (np.isfinite(numbers) & (numbers >= low) & (numbers <= high)).all():
         interval = f"[{low}, {high}]" if np.isfinite(high) else f"[{low}, inf)"
         raise OptionError(f"{where}: {option}: expected numbers in {interval}, got {value!r}")
