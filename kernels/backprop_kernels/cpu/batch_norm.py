@@ -104,7 +104,7 @@ def _forward(dtype: str) -> Callable[..., None]:
     import numpy as np
     from numba import types
 
-    from backprop_kernels.cpu.memory import barrier, call_epilogue, float64s, pointer, ticket
+    from backprop_kernels.cpu.memory import barrier, call_epilogue, float64s, pointer, take
 
     real = getattr(types, dtype)
     floats = pointer(real)
@@ -115,12 +115,16 @@ def _forward(dtype: str) -> Callable[..., None]:
         mean, rstd = floats(args[MEAN]), floats(args[RSTD])
         running_mean, running_var = floats(args[RUNNING_MEAN]), floats(args[RUNNING_VAR])
         rows, width = args[ROWS], args[COLUMNS]
+        strips, blocks = (width + STRIP - 1) // STRIP, (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
         numbers, sums = float64s(args[NUMBERS]), float64s(args[NUMBERS] + 32)
         eps, momentum, training = numbers[0], numbers[1], numbers[2] != 0.0
+        taken = 0
         while True:
-            low = ticket(args, STATISTICS_TICKET, threads) * STRIP
-            if low >= width:
+            piece = take(args, STATISTICS_TICKET, strips, thread, threads, taken)
+            if piece < 0:
                 break
+            taken += 1
+            low = piece * STRIP
             high = min(low + STRIP, width)
             if not training:
                 for j in range(low, high):
@@ -146,10 +150,13 @@ def _forward(dtype: str) -> Callable[..., None]:
                 running_mean[j] = real(old_mean + momentum * (sums[j] - old_mean))
                 running_var[j] = real(old_var + momentum * (unbiased - old_var))
         barrier(sync, threads)
+        taken = 0
         while True:
-            first = ticket(args, BLOCK_TICKET, threads) * BLOCK_ROWS
-            if first >= rows:
+            piece = take(args, BLOCK_TICKET, blocks, thread, threads, taken)
+            if piece < 0:
                 break
+            taken += 1
+            first = piece * BLOCK_ROWS
             count = min(BLOCK_ROWS, rows - first)
             for i in range(first, first + count):
                 for j in range(width):
@@ -170,7 +177,7 @@ def _backward(dtype: str) -> Callable[..., None]:
         call_kernel,
         float64s,
         pointer,
-        ticket,
+        take,
     )
 
     real = getattr(types, dtype)
@@ -181,10 +188,14 @@ def _backward(dtype: str) -> Callable[..., None]:
         gamma, mean, rstd = floats(args[GAMMA]), floats(args[MEAN]), floats(args[RSTD])
         sums, dgamma = float64s(args[PARTIAL]), floats(args[DGAMMA])
         rows, width = args[ROWS], args[COLUMNS]
+        strips, blocks = (width + STRIP - 1) // STRIP, (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+        taken = 0
         while True:
-            low = ticket(args, STATISTICS_TICKET, threads) * STRIP
-            if low >= width:
+            piece = take(args, STATISTICS_TICKET, strips, thread, threads, taken)
+            if piece < 0:
                 break
+            taken += 1
+            low = piece * STRIP
             high = min(low + STRIP, width)
             for j in range(low, high):
                 sums[j], sums[width + j] = 0.0, 0.0
@@ -197,10 +208,13 @@ def _backward(dtype: str) -> Callable[..., None]:
             for j in range(low, high):
                 dgamma[j] = real(sums[width + j])
         barrier(sync, threads)
+        taken = 0
         while True:
-            first = ticket(args, BLOCK_TICKET, threads) * BLOCK_ROWS
-            if first >= rows:
+            piece = take(args, BLOCK_TICKET, blocks, thread, threads, taken)
+            if piece < 0:
                 break
+            taken += 1
+            first = piece * BLOCK_ROWS
             count = min(BLOCK_ROWS, rows - first)
             for i in range(first, first + count):
                 for j in range(width):

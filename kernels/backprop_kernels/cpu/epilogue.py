@@ -69,32 +69,38 @@ def _forward(
     from numba import types
 
     from backprop_kernels.cpu import vector_math
-    from backprop_kernels.cpu.ir import inline
     from backprop_kernels.cpu.memory import pointer
     from backprop_kernels.cpu.philox import drop_row
+    from backprop_kernels.cpu.vector_loop import vector_loop
 
-    act = inline(lambda z: ACTIVATIONS[activation].forward(vector_math, z), 1)
+    act = ACTIVATIONS[activation]
+    size = 4 if dtype == "float32" else 8
+
+    def formula(z: Any, *bias: Any) -> tuple[Any, ...]:
+        z = z + bias[0] if has_bias else z
+        y = act.forward(vector_math, z)
+        return (y, z) if keeps == "Z" else (y, y) if keeps == "Y" else (y,)
+
+    apply = vector_loop(formula, dtype, 2 if has_bias else 1)
     floats = pointer(getattr(types, dtype))
     drop = drop_row(dtype)
-    keeps_Z, keeps_Y = keeps == "Z", keeps == "Y"
+    keeps_more = keeps != ""
 
     def epilogue(args, row, rows, column, columns):
-        C, bias, kept = floats(args[C_]), floats(args[BIAS]), floats(args[SAVED])
-        width = args[COLUMNS]
         for i in range(row, row + rows):
-            start = i * width
-            for j in range(column, column + columns):
-                z = C[start + j]
-                if has_bias:
-                    z = z + bias[j]
-                y = act(z)
-                C[start + j] = y
-                if keeps_Z:
-                    kept[start + j] = z
-                if keeps_Y:
-                    kept[start + j] = y
+            start = (i * args[COLUMNS] + column) * size
+            C, bias, kept = args[C_] + start, args[BIAS] + column * size, args[SAVED] + start
+            if has_bias:
+                if keeps_more:
+                    apply((C, bias, C, kept), (), columns)
+                else:
+                    apply((C, bias, C), (), columns)
+            elif keeps_more:
+                apply((C, C, kept), (), columns)
+            else:
+                apply((C, C), (), columns)
             if dropped:
-                drop(args, C, start + column, columns)
+                drop(args, floats(args[C_]), i * args[COLUMNS] + column, columns)
 
     return epilogue
 
@@ -103,34 +109,40 @@ def _backward(dtype: str, activation: str, sums: bool, dropped: bool) -> Callabl
     from numba import types
 
     from backprop_kernels.cpu import vector_math
-    from backprop_kernels.cpu.ir import inline
     from backprop_kernels.cpu.memory import pointer
     from backprop_kernels.cpu.philox import drop_row
+    from backprop_kernels.cpu.vector_loop import vector_loop
 
-    slope = inline(lambda s: ACTIVATIONS[activation].derivative(vector_math, s), 1)
+    act = ACTIVATIONS[activation]
+    size = 4 if dtype == "float32" else 8
     floats = pointer(getattr(types, dtype))
     zero = getattr(types, dtype)(0)
     drop = drop_row(dtype)
     curved = activation != "identity"
 
+    def formula(d: Any, *rest: Any) -> tuple[Any, ...]:
+        g = d * act.derivative(vector_math, rest[0]) if curved else d
+        return (g, rest[-1] + g) if sums else (g,)
+
+    apply = vector_loop(formula, dtype, 1 + curved + sums)
+
     def epilogue(args, row, rows, column, columns):
-        C, saved = floats(args[C_]), floats(args[SAVED])
-        width = args[COLUMNS]
-        partial = floats(args[PARTIAL])
-        first = row // BLOCK_ROWS * width
+        partial = args[PARTIAL] + (row // BLOCK_ROWS * args[COLUMNS] + column) * size
         if sums:
-            for j in range(column, column + columns):
-                partial[first + j] = zero
+            for j in range(columns):
+                floats(partial)[j] = zero
         for i in range(row, row + rows):
-            start = i * width
+            start = i * args[COLUMNS] + column
             if dropped:
-                drop(args, C, start + column, columns)
+                drop(args, floats(args[C_]), start, columns)
+            C, saved = args[C_] + start * size, args[SAVED] + start * size
             if curved:
-                for j in range(column, column + columns):
-                    C[start + j] = C[start + j] * slope(saved[start + j])
-            if sums:
-                for j in range(column, column + columns):
-                    partial[first + j] = partial[first + j] + C[start + j]
+                if sums:
+                    apply((C, saved, partial, C, partial), (), columns)
+                else:
+                    apply((C, saved, C), (), columns)
+            elif sums:
+                apply((C, partial, C, partial), (), columns)
 
     return epilogue
 

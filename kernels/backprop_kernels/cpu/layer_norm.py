@@ -85,7 +85,7 @@ def layer_norm_backward(
 def _forward(dtype: str) -> Callable[..., None]:
     from numba import types
 
-    from backprop_kernels.cpu.memory import call_epilogue, float64s, pointer, ticket
+    from backprop_kernels.cpu.memory import call_epilogue, float64s, pointer, take
     from backprop_kernels.cpu.vector_math import elementwise
 
     real = getattr(types, dtype)
@@ -97,11 +97,15 @@ def _forward(dtype: str) -> Callable[..., None]:
         gamma, beta = floats(args[GAMMA]), floats(args[BETA])
         mean, rstd = floats(args[MEAN]), floats(args[RSTD])
         rows, width = args[ROWS], args[COLUMNS]
+        blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
         eps = float64s(args[NUMBERS])[0]
+        taken = 0
         while True:
-            first = ticket(args, BLOCK_TICKET, threads) * BLOCK_ROWS
-            if first >= rows:
+            piece = take(args, BLOCK_TICKET, blocks, thread, threads, taken)
+            if piece < 0:
                 break
+            taken += 1
+            first = piece * BLOCK_ROWS
             count = min(BLOCK_ROWS, rows - first)
             for i in range(first, first + count):
                 e = i * width
@@ -125,7 +129,7 @@ def _forward(dtype: str) -> Callable[..., None]:
 def _backward(dtype: str) -> Callable[..., None]:
     from numba import types
 
-    from backprop_kernels.cpu.memory import barrier, call_epilogue, call_kernel, pointer, ticket
+    from backprop_kernels.cpu.memory import barrier, call_epilogue, call_kernel, pointer, take
 
     real = getattr(types, dtype)
     floats = pointer(real)
@@ -135,11 +139,14 @@ def _backward(dtype: str) -> Callable[..., None]:
         gamma, mean, rstd = floats(args[GAMMA]), floats(args[MEAN]), floats(args[RSTD])
         partial, dgamma = floats(args[PARTIAL]), floats(args[DGAMMA])
         rows, width = args[ROWS], args[COLUMNS]
+        blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+        taken = 0
         while True:
-            block = ticket(args, BLOCK_TICKET, threads)
-            first = block * BLOCK_ROWS
-            if first >= rows:
+            block = take(args, BLOCK_TICKET, blocks, thread, threads, taken)
+            if block < 0:
                 break
+            taken += 1
+            first = block * BLOCK_ROWS
             count = min(BLOCK_ROWS, rows - first)
             p = block * width
             for j in range(width):
@@ -162,7 +169,7 @@ def _backward(dtype: str) -> Callable[..., None]:
         barrier(sync, threads)
         for j in range(thread * width // threads, (thread + 1) * width // threads):
             total = real(0)
-            for block in range((rows + BLOCK_ROWS - 1) // BLOCK_ROWS):
+            for block in range(blocks):
                 total += partial[block * width + j]
             dgamma[j] = total
         if args[FINISH] != 0:

@@ -113,7 +113,7 @@ def _kernel(dtype: str, weigh: Any, count: Any, leaf: Any) -> Callable[..., None
         float64s,
         int64s,
         pointer,
-        ticket,
+        take,
     )
 
     floats = pointer(getattr(types, dtype))
@@ -125,10 +125,12 @@ def _kernel(dtype: str, weigh: Any, count: Any, leaf: Any) -> Callable[..., None
         scales, dZ = floats(args[SCALES]), floats(args[DZ])
         sums = int64s(args[SUM_ARGS])
         leaves = (rows + LEAF - 1) // LEAF
+        taken = 0
         while True:
-            t = ticket(args, WEIGHT_TICKET, threads)
-            if t >= leaves:
+            t = take(args, WEIGHT_TICKET, leaves, thread, threads, taken)
+            if t < 0:
                 break
+            taken += 1
             total = 0.0
             for i in range(t * LEAF, min((t + 1) * LEAF, rows)):
                 total += count(args, i)
@@ -137,10 +139,12 @@ def _kernel(dtype: str, weigh: Any, count: Any, leaf: Any) -> Callable[..., None
         total = 0.0
         for t in range(leaves):
             total += weights[t]
+        taken = 0
         while True:
-            t = ticket(args, LEAF_TICKET, threads)
-            if t >= leaves:
+            t = take(args, LEAF_TICKET, leaves, thread, threads, taken)
+            if t < 0:
                 break
+            taken += 1
             first, last = t * LEAF, min((t + 1) * LEAF, rows)
             for i in range(first, last):
                 w = weigh(args, i)

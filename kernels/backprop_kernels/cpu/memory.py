@@ -151,17 +151,21 @@ def barrier(sync, threads):
 
 
 @numba.njit(error_model="numpy", _nrt=False)
-def ticket(args, slot, threads):
-    """The next piece of work of a kernel: 0, 1, 2, … over all threads.
+def take(args, slot, count, thread, threads, taken):
+    """The next of a kernel's `count` pieces of work, or −1; `taken` is how many this thread had.
 
-    Taken in turn, not dealt out: a core that another process slows takes fewer. Results do not
-    depend on who did what. The runner sets the counters back.
+    Pieces are taken in turn, not dealt out: a core that another process slows takes fewer. Two
+    threads start from the two ends, so that from kernel to kernel each finds in its own cache the
+    rows it wrote. Results do not depend on who did what. The runner sets the counters back.
     """
     if threads == 1:
-        t = args[slot]
-        args[slot] = t + 1
-        return t
-    return atomic_add(args, slot, 1)
+        return taken if taken < count else -1
+    turn = atomic_add(args, slot, 1)
+    if turn >= count:
+        return -1
+    if threads == 2:
+        return taken if thread == 0 else count - 1 - taken
+    return turn
 
 
 def numbers(kind: Any, count: int) -> Any:
@@ -184,28 +188,3 @@ def numbers(kind: Any, count: int) -> Any:
         return result(types.int64), generate
 
     return read
-
-
-def rule_of(formula: Any) -> Any:
-    """An intrinsic for an update rule: (p, g, state 0, state 1, scalars) → (p, state 0, state 1).
-
-    `formula` takes the same as `ir.Value`s and returns (p, (state, …)).
-    """
-    from backprop_kernels.cpu.ir import Value
-
-    @intrinsic
-    def update(typing_context: Any, p: Any, g: Any, s0: Any, s1: Any, scalars: Any) -> Any:
-        result = types.UniTuple(p, 3)
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            values = [Value(builder, a) for a in arguments[:4]]
-            constants = [
-                Value(builder, builder.extract_value(arguments[4], i)) for i in range(scalars.count)
-            ]
-            new_p, state = formula(*values, constants)
-            outputs = [new_p, *state, values[3]][:3]
-            return context.make_tuple(builder, result, [values[0].constant(x).ir for x in outputs])
-
-        return result(p, g, s0, s1, scalars), generate
-
-    return update

@@ -10,6 +10,7 @@ goes by fixed chunks, added in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,55 +58,39 @@ def optimizer_step(
 
 
 def _kernel(dtype: str, rule: str, n_scalars: int) -> Callable[..., None]:
-    import numba
     from numba import types
 
     from backprop_kernels.cpu import vector_math
-    from backprop_kernels.cpu.memory import barrier, float64s, numbers, pointer, rule_of, ticket
+    from backprop_kernels.cpu.memory import barrier, float64s, numbers, take
+    from backprop_kernels.cpu.vector_loop import sum_of_squares, vector_loop
 
     real = getattr(types, dtype)
-    floats = pointer(real)
+    size = 4 if dtype == "float32" else 8
     row = OPTIMIZERS[rule]
-    two = len(row.state) == 2
-    float64 = types.float64
-    update = rule_of(
-        lambda p, g, s0, s1, scalars: row.update(
-            vector_math, p, g, (s0, s1) if two else (s0,), *scalars
-        )
-    )
+    states = len(row.state)
+    two = states == 2
+
+    def formula(p: Any, g: Any, *rest: Any) -> tuple[Any, ...]:
+        state, clip, scalars = rest[:states], rest[states], rest[states + 1 :]
+        new_p, new_state = row.update(vector_math, p, g * clip, state, *scalars)
+        return new_p, *new_state
+
+    update = vector_loop(formula, dtype, 2 + states, 1 + n_scalars)
+    squares = sum_of_squares(dtype)
     scalars_of = numbers(real, n_scalars)
 
-    @numba.njit(error_model="numpy", _nrt=False)
-    def squares(G, first, last):
-        """Σ g² in float64, in eight sums: one would wait for each addition."""
-        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-        i = first
-        while i + 8 <= last:
-            s0 += float64(G[i]) * float64(G[i])
-            s1 += float64(G[i + 1]) * float64(G[i + 1])
-            s2 += float64(G[i + 2]) * float64(G[i + 2])
-            s3 += float64(G[i + 3]) * float64(G[i + 3])
-            s4 += float64(G[i + 4]) * float64(G[i + 4])
-            s5 += float64(G[i + 5]) * float64(G[i + 5])
-            s6 += float64(G[i + 6]) * float64(G[i + 6])
-            s7 += float64(G[i + 7]) * float64(G[i + 7])
-            i += 8
-        while i < last:
-            s0 += float64(G[i]) * float64(G[i])
-            i += 1
-        return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
-
     def kernel(args, sync, thread, threads):
-        size = args[SIZE]
-        P, G = floats(args[P_]), floats(args[G_])
-        S0, S1 = floats(args[STATE_0]), floats(args[STATE_1])
+        count = args[SIZE]
+        P, G, S0, S1 = args[P_], args[G_], args[STATE_0], args[STATE_1]
         partial = float64s(args[SQUARES])
-        chunks = (size + CHUNK - 1) // CHUNK
+        chunks = (count + CHUNK - 1) // CHUNK
+        taken = 0
         while True:
-            t = ticket(args, SUM_TICKET, threads)
-            if t >= chunks:
+            t = take(args, SUM_TICKET, chunks, thread, threads, taken)
+            if t < 0:
                 break
-            partial[t] = squares(G, t * CHUNK, min((t + 1) * CHUNK, size))
+            taken += 1
+            partial[t] = squares(G + t * CHUNK * size, min(CHUNK, count - t * CHUNK))
         barrier(sync, threads)
         total = 0.0
         for t in range(chunks):
@@ -117,18 +102,17 @@ def _kernel(dtype: str, rule: str, n_scalars: int) -> Callable[..., None]:
         if not (np.isfinite(norm) and np.isfinite(guard)):
             return
         clip = real(min(1.0, float64s(args[SCALARS])[0] / (norm + 1e-6)))
-        scalars = scalars_of(args[SCALARS] + 8)
+        scalars = (clip, *scalars_of(args[SCALARS] + 8))
+        taken = 0
         while True:
-            t = ticket(args, CHUNK_TICKET, threads)
-            if t >= chunks:
+            t = take(args, CHUNK_TICKET, chunks, thread, threads, taken)
+            if t < 0:
                 break
-            for i in range(t * CHUNK, min((t + 1) * CHUNK, size)):
-                if two:
-                    p, s0, s1 = update(P[i], G[i] * clip, S0[i], S1[i], scalars)
-                    S1[i] = s1
-                else:
-                    p, s0, s1 = update(P[i], G[i] * clip, S0[i], real(0), scalars)
-                P[i] = p
-                S0[i] = s0
+            taken += 1
+            at, n = t * CHUNK * size, min(CHUNK, count - t * CHUNK)
+            if two:
+                update((P + at, G + at, S0 + at, S1 + at, P + at, S0 + at, S1 + at), scalars, n)
+            else:
+                update((P + at, G + at, S0 + at, P + at, S0 + at), scalars, n)
 
     return kernel

@@ -18,17 +18,22 @@ from backprop_kernels.cpu.program import Arguments, scratch, submit
 from backprop_kernels.cpu.tile import host_shape
 
 BLOCK_COLUMNS = 128  # columns of C per block, BLOCK_ROWS its rows, where C is large
-SMALLEST_COLUMNS = 32
-ENOUGH_BLOCKS = 12  # so that two cores end within a tenth of each other
+ENOUGH_BLOCKS = 4  # to share; more of them read the same rows again
 STRIP = 64  # rows of a matrix that one thread packs at a time
 BLOCK_K = 256  # steps of K per pass: 12 rows of A then fit in half of a 32 kB L1
 # Bytes from row to row up to which a matrix is read across its rows as it lies. Beyond, every step
 # of K is another page and rows fall into the same cache sets: it is packed.
 DIRECT = 2048
 
+# A small C with a long K is computed as two halves of K and added: a weight gradient's two threads
+# then each read the rows of the batch that they wrote. Fixed by shape, whatever the threads.
+SPLIT_K = 1024
+SPLIT_SIZE = 2**17  # elements of C: beyond, the second copy's trips cost more
+
 # Slots of a product's arguments.
 (PACK_TICKET, BLOCK_TICKET, M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, A_PANELS, DIRECT_B,
- PANELS, C_, C_ROW, ROWS, COLUMNS, EPILOGUE, EPILOGUE_ARGS, FINISH) = range(21)  # fmt: skip
+ PANELS, C_, C_ROW, ROWS, COLUMNS, SPLITS, PARTIAL, EPILOGUE, EPILOGUE_ARGS, FINISH,
+) = range(23)  # fmt: skip
 
 
 def multiply(
@@ -49,45 +54,51 @@ def multiply(
     A_panels = None
     if A.strides[0] == size and A.strides[1] > DIRECT:
         A_panels = scratch((-(-M // height), K, height), C.dtype)
-    rows, columns = _block(M, N, BLOCK_ROWS if finish else height)
+    rows, columns = _block(M, N, height, width, finish != 0)
+    splits = 2 if epilogue is None and K >= SPLIT_K and M * N <= SPLIT_SIZE else 1
+    partial = scratch((splits - 1, M, N), C.dtype)
     arguments = Arguments(
         (
             0, 0, M, N, K,
             A, A.strides[0] // size, A.strides[1] // size,
             B, B.strides[0] // size, B.strides[1] // size,
-            A_panels, direct, panels, C, N, rows, columns, entry, args, finish,
+            A_panels, direct, panels, C, N, rows, columns, splits, partial, entry, args, finish,
         )
     )  # fmt: skip
     submit(address(_kernel, 4, str(C.dtype)), arguments, flops=2 * M * N * K)
 
 
-def _block(M: int, N: int, fewest_rows: int) -> tuple[int, int]:
-    """Rows and columns of a block: halved until there are enough to share."""
-    rows, columns = BLOCK_ROWS, BLOCK_COLUMNS
-    while -(-M // rows) * -(-N // columns) < ENOUGH_BLOCKS:
-        if columns > SMALLEST_COLUMNS and columns >= rows:
-            columns //= 2
-        elif rows > fewest_rows:
-            rows //= 2
-        elif columns > SMALLEST_COLUMNS:
-            columns //= 2
+def _block(M: int, N: int, height: int, width: int, leaves: bool) -> tuple[int, int]:
+    """Rows and columns of a block: even shares of C, enough of them for the threads.
+
+    `leaves`: column sums are taken, whose leaf is BLOCK_ROWS.
+    """
+    down, across = max(1, -(-M // BLOCK_ROWS)), max(1, -(-N // BLOCK_COLUMNS))
+    while down * across < ENOUGH_BLOCKS:
+        if across * width < N and (leaves or N * down >= M * across or down * height >= M):
+            across += 1
+        elif not leaves and down * height < M:
+            down += 1
         else:
             break
-    return rows, columns
+    rows = BLOCK_ROWS if leaves else -(-M // (down * height)) * height
+    return rows, -(-N // (across * width)) * width
 
 
 def _kernel(dtype: str) -> Callable[..., None]:
     import numba
     from numba import types
 
-    from backprop_kernels.cpu.memory import barrier, call_epilogue, call_kernel, pointer, ticket
+    from backprop_kernels.cpu.memory import barrier, call_epilogue, call_kernel, pointer, take
     from backprop_kernels.cpu.tile import make_transpose
+    from backprop_kernels.cpu.vector_loop import vector_loop
 
     shape = host_shape()
     lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
     size = 4 if dtype == "float32" else 8
     floats = pointer(getattr(types, dtype))
     zero = getattr(types, dtype)(0)
+    add = vector_loop(lambda x, y: (x + y,), dtype, 2)
     transpose = make_transpose(dtype, shape.vector_bytes)
     tiles_along, tiles_across = _row_of_tiles(dtype, True), _row_of_tiles(dtype, False)
 
@@ -123,10 +134,12 @@ def _kernel(dtype: str) -> Callable[..., None]:
         B_tickets = count if b_column != 1 else strips if count > 0 else 0
         A_tickets = strips if args[A_PANELS] != 0 else 0
         A_panel_size = K * height * size
+        taken = 0
         while True:
-            t = ticket(args, PACK_TICKET, threads)
-            if t >= B_tickets + A_tickets:
+            t = take(args, PACK_TICKET, B_tickets + A_tickets, thread, threads, taken)
+            if t < 0:
                 break
+            taken += 1
             if t >= B_tickets:
                 pack_A(A, a_k, K, t - B_tickets, M, args[A_PANELS], A_panel_size)
             elif b_column == 1:
@@ -138,19 +151,24 @@ def _kernel(dtype: str) -> Callable[..., None]:
                     min(width, N - t * width), panels + t * panel_size,
                 )  # fmt: skip
         barrier(sync, threads)
-        block_rows, block_columns = args[ROWS], args[COLUMNS]
+        block_rows, block_columns, splits = args[ROWS], args[COLUMNS], args[SPLITS]
         across = (N + block_columns - 1) // block_columns
         blocks = across * ((M + block_rows - 1) // block_rows)
+        taken = 0
         while True:
-            t = ticket(args, BLOCK_TICKET, threads)
-            if t >= blocks:
+            t = take(args, BLOCK_TICKET, blocks * splits, thread, threads, taken)
+            if t < 0:
                 break
+            taken += 1
+            split, t = t // blocks, t % blocks
             row, column = t // across * block_rows, t % across * block_columns
             rows, columns = min(block_rows, M - row), min(block_columns, N - column)
-            block = C + (row * c_row + column) * size
-            k = 0
-            while k == 0 or k < K:  # once even for K = 0: the product is then 0
-                steps = min(BLOCK_K, K - k)
+            target = C if split == 0 else args[PARTIAL] + (split - 1) * M * N * size
+            block = target + (row * c_row + column) * size
+            low, high = split * K // splits, (split + 1) * K // splits
+            k = low
+            while k == low or k < high:  # once even for K = 0: the product is then 0
+                steps, adds = min(BLOCK_K, high - k), k - low
                 block_B, step_k, step = panels + column // width * panel_size, width, panel_size
                 if direct:
                     block_B, step_k, step = B + column * size, b_k, width * size
@@ -161,19 +179,28 @@ def _kernel(dtype: str) -> Callable[..., None]:
                     tall = min(height, rows - i)
                     if a_k == 1:
                         tiles_along(
-                            a, a_row, tall, block_B, step, step_k, edge, c, c_row, steps, k, columns
-                        )
+                            a, a_row, tall, block_B, step, step_k, edge, c, c_row, steps, adds,
+                            columns,
+                        )  # fmt: skip
                         continue
                     a_stride = a_k
                     if A_tickets > 0:
                         panel = args[A_PANELS] + (row + i) // height * A_panel_size
                         a, a_stride = panel + k * height * size, height
                     tiles_across(
-                        a, a_stride, tall, block_B, step, step_k, edge, c, c_row, steps, k, columns
-                    )
+                        a, a_stride, tall, block_B, step, step_k, edge, c, c_row, steps, adds,
+                        columns,
+                    )  # fmt: skip
                 k += BLOCK_K
             if args[EPILOGUE] != 0:
                 call_epilogue(args[EPILOGUE], args[EPILOGUE_ARGS], row, rows, column, columns)
+        if splits > 1:
+            barrier(sync, threads)
+            low = thread * M // threads * N
+            count = (thread + 1) * M // threads * N - low
+            for split in range(1, splits):
+                more = args[PARTIAL] + ((split - 1) * M * N + low) * size
+                add((C + low * size, more, C + low * size), (), count)
         if args[FINISH] != 0:
             barrier(sync, threads)
             call_kernel(args[FINISH], args[EPILOGUE_ARGS], sync, thread, threads)

@@ -1,6 +1,6 @@
 """Programs: kernels with their arguments, in order, run by one call into compiled code.
 
-A kernel is `kernel(args, sync, thread, threads)`: every thread enters it, takes work by ticket and
+A kernel is `kernel(args, sync, thread, threads)`: every thread enters it, takes work in turn and
 leaves; the runner puts a barrier after it. Called alone an operator is a program of one kernel;
 `capture` collects a whole training step.
 """
