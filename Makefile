@@ -18,7 +18,7 @@ test: $(VENV)/dev,demo
 	$(RUN) -m mypy
 	$(RUN) -m pytest -m "not long" $(ARGS)
 
-test-long: $(VENV)/dev,demo,bench
+test-long: $(VENV)/dev,demo,torch
 	$(RUN) -m pytest $(ARGS)
 
 bench: $(VENV)/demo,bench
@@ -26,7 +26,7 @@ bench: $(VENV)/demo,bench
 
 # A stamp is named after the extras that were installed. Editable, so that it stays true when the
 # sources change and no build folder with old copies is left in the checkout.
-$(VENV)/dev,demo $(VENV)/demo $(VENV)/demo,bench $(VENV)/dev,demo,bench: pyproject.toml | $(VENV)/made
+$(VENV)/dev,demo $(VENV)/demo $(VENV)/demo,bench $(VENV)/dev,demo,torch: pyproject.toml | $(VENV)/made
 	@echo "installing [$(@F)] into $(VENV), once"
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
 	@touch $@

@@ -82,6 +82,7 @@ def fit(
     order_rng = np.random.default_rng(seed)
     order = np.arange(rows)
     history = History()
+    step.prepare(*batch)  # compiling is no part of the rate, nor of the first epoch's seconds
     report = Progress(int(epochs), rows, progress)
     val_loss: float | None = None
     for epoch in range(int(epochs)):

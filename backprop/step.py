@@ -123,14 +123,12 @@ class TrainStep:
 
     def run(self, *arrays: Array) -> float:
         """Train on arrays that `Gradients.inputs` has checked: X, target[, weight]."""
-        key = (len(arrays[0]), arrays[1].ndim, len(arrays))
-        if key not in self._captured:
-            self._captured[key] = self._capture(arrays)
+        program = self.prepare(*arrays)
         for statistic, before in self._statistics:
             before[...] = statistic
         self._scalars[1:] = self.optimizer.scalars(self.steps + 1)
         self.gradients.stream[1] = self.steps
-        self._captured[key](*arrays)
+        program(*arrays)
         value = float(self.gradients.value)
         if not (isfinite(self.norm) and isfinite(value)):
             for statistic, before in self._statistics:
@@ -143,6 +141,13 @@ class TrainStep:
             )
         self.steps += 1
         return value
+
+    def prepare(self, *arrays: Array) -> Callable[..., None]:
+        """The captured program for arrays like these; compiles what it needs, trains nothing."""
+        key = (len(arrays[0]), arrays[1].ndim, len(arrays))
+        if key not in self._captured:
+            self._captured[key] = self._capture(arrays)
+        return self._captured[key]
 
     def _capture(self, arrays: tuple[Array, ...]) -> Callable[..., None]:
         backend = self.model.backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
 
 import numpy as np
 from backprop_kernels.arrays import Array
@@ -11,15 +12,21 @@ from backprop_kernels.arrays import Array
 SIZES = (0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97,
          127, 128, 129, 257)  # fmt: skip
 LONG_SIZES = (*SIZES, 255, 256, 1000, 4097)
+# Past the sizes where a matrix is packed, a sum is split and threads share the work.
+LARGE = tuple(permutations((1031, 530, 13))) + tuple(permutations((1024, 97, 33)))
 
 Pair = tuple[Array, Array]
 
 
-def pairwise(sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Triples in which each pair of sizes meets once in each pair of places (a Latin square)."""
+def shapes(sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Triples in which each pair of sizes meets once in each pair of places, then the large ones.
+
+    A Latin square: the third size is a function of the first two and runs over all of them.
+    """
     for i, first in enumerate(sizes):
         for j, second in enumerate(sizes):
             yield first, second, sizes[(i + j) % len(sizes)]
+    yield from LARGE
 
 
 def integers(

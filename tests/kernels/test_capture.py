@@ -118,6 +118,24 @@ def test_capturing_computes_nothing_and_replaying_repeats_itself(
     assert runs[0] == runs[1]
 
 
+def test_no_bit_depends_on_the_number_of_threads(dtype: np.dtype) -> None:
+    from backprop_kernels import cpu
+    from backprop_kernels.cpu import threads
+
+    before, results = threads.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5, 2):
+            threads.set_num_threads(count)
+            network = Network(cpu, dtype, batch=3001)  # ~7 Mflop: worth five threads
+            replay = cpu.capture(network.step, network.X, network.ids)
+            for _ in range(3):
+                replay(network.X, network.ids)
+            results.append(network.bits())
+    finally:
+        threads.set_num_threads(before)
+    assert all(result == results[0] for result in results)
+
+
 def test_two_programs_do_not_mix(backend: ModuleType, dtype: np.dtype) -> None:
     networks = Network(backend, dtype, 5), Network(backend, dtype, 70)
     programs = [backend.capture(n.step, n.X, n.ids) for n in networks]

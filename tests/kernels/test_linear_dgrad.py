@@ -10,7 +10,7 @@ from backprop_kernels.arrays import Array
 
 from tests import oracles
 from tests.guarded import Guards
-from tests.inputs import LONG_SIZES, OPERANDS, SIZES, exact_dtype, integers, operands, pairwise
+from tests.inputs import LONG_SIZES, OPERANDS, SIZES, exact_dtype, integers, operands, shapes
 from tests.tolerances import assert_within, derivative_bound, sum_bound
 
 # What act' is for a saved whole number, where that is a whole number too.
@@ -41,7 +41,7 @@ def dgrad(
 def check_integers(backend: ModuleType, dtype: np.dtype, sizes: tuple[int, ...], low: int) -> None:
     rng = np.random.default_rng(0)
     names = list(EXACT)
-    for number, (batch, in_features, out_features) in enumerate(pairwise(sizes)):
+    for number, (batch, in_features, out_features) in enumerate(shapes(sizes)):
         dZ = integers(rng, (batch, out_features), dtype, low)
         W = integers(rng, (out_features, in_features), dtype, low)
         saved = integers(rng, (batch, in_features), dtype, low)

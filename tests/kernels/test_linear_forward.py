@@ -10,7 +10,7 @@ from backprop_kernels.arrays import Array, Dropout
 
 from tests import oracles
 from tests.guarded import Guards
-from tests.inputs import LONG_SIZES, OPERANDS, SIZES, exact_dtype, integers, operands, pairwise
+from tests.inputs import LONG_SIZES, OPERANDS, SIZES, exact_dtype, integers, operands, shapes
 from tests.tolerances import activation_bound, assert_within, sum_bound
 
 # These map whole numbers to whole numbers, so the result must be exact.
@@ -42,7 +42,7 @@ def forward(
 def check_integers(backend: ModuleType, dtype: np.dtype, sizes: tuple[int, ...], low: int) -> None:
     rng = np.random.default_rng(0)
     names = list(EXACT)
-    for number, (batch, out_features, in_features) in enumerate(pairwise(sizes)):
+    for number, (batch, out_features, in_features) in enumerate(shapes(sizes)):
         assert 64 * in_features + 8 < 2**24  # every partial sum is exact in float32
         X = integers(rng, (batch, in_features), dtype, low)
         W = integers(rng, (out_features, in_features), dtype, low)

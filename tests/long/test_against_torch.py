@@ -16,7 +16,7 @@ import pytest
 import backprop as bp
 from backprop.layers import Layer
 
-torch = pytest.importorskip("torch", reason="the comparison needs PyTorch (the `bench` extra)")
+torch = pytest.importorskip("torch", reason="the comparison needs PyTorch (the `torch` extra)")
 F = torch.nn.functional
 pytestmark = pytest.mark.long
 
