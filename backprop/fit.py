@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ def fit(
     batch = [aligned_zeros((batch_size, *c.shape[1:]), c.dtype) for c in columns]
     order_rng = np.random.default_rng(seed)
     order = np.arange(rows)
+    gathers: dict[int, tuple[Callable[..., None], list[Array]]] = {}
     history = History()
     step.prepare(*batch)  # compiling is no part of the rate, nor of the first epoch's seconds
     report = Progress(int(epochs), rows, progress)
@@ -93,9 +95,10 @@ def fit(
         for start in range(0, rows, batch_size):
             chosen = order[start : start + batch_size]
             n = len(chosen)
-            part = [buffer[:n] for buffer in batch]
-            for column, rows_of_it in zip(columns, part, strict=True):
-                np.take(column, chosen, axis=0, out=rows_of_it, mode="clip")
+            if n not in gathers:
+                gathers[n] = _gather(model.backend, columns, batch, chosen)
+            gather, part = gathers[n]
+            gather(chosen)
             total += n * step.run(*part)
             report.update(epoch, start + n, total / (start + n), val_loss)
         values = {"loss": total / rows, "lr": step.optimizer.lr}
@@ -107,6 +110,19 @@ def fit(
         if any(stops):
             break
     return history
+
+
+def _gather(
+    backend: ModuleType, columns: list[Array], batch: list[Array], index: Array
+) -> tuple[Callable[..., None], list[Array]]:
+    """(program, part): program(index) fills part, the batch buffers, with those rows."""
+    part = [buffer[: len(index)] for buffer in batch]
+
+    def operators(index: Array) -> None:
+        for column, rows in zip(columns, part, strict=True):
+            backend.gather_rows(column, index, out=rows)
+
+    return backend.capture(operators, index), part
 
 
 def evaluate_loss(model: Sequential, X: Array, y: Array, loss: Loss) -> float:

@@ -17,6 +17,7 @@ from backprop_kernels.errors import KindError, OptionError, ShapeError
 from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
 
+GATHERED = ("float32", "float64", "int64")
 FLOATS = ("float32", "float64", "complex128")
 
 
@@ -101,6 +102,18 @@ def _outputs(where: str, out: tuple[Array | None, ...] | None, like: dict[str, A
     for value, (name, (shape, dtype)) in zip(out, like.items(), strict=True):
         if value is not None:
             array(where, f"out {name}", value, shape, dtype)
+
+
+def gather_rows(X: Array, index: Array, out: Array | None) -> None:
+    where = "gather_rows"
+    if not hasattr(X, "dtype") or X.dtype not in GATHERED or not X.ndim:
+        got = getattr(X, "dtype", type(X).__name__)
+        raise KindError(f"{where}: X: expected rows of {', '.join(GATHERED)}, got {got}")
+    array(where, "index", index, ("n",), np.dtype(np.int64))
+    if not len(X) and len(index):
+        raise ShapeError(f"{where}: X: expected at least one row, got shape {X.shape}")
+    shape = (("n", len(index)), *(("columns", size) for size in X.shape[1:]))
+    _outputs(where, None if out is None else (out,), {"Y": (shape, X.dtype)})
 
 
 def linear_forward(

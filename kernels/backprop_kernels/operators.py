@@ -23,6 +23,14 @@ class Operator:
 
 OPERATORS: tuple[Operator, ...] = (
     Operator(
+        name="gather_rows",
+        functions=("gather_rows",),
+        formula="Y_r = X_(index_r)",
+        shapes="X(m,…) index(n) → Y(n,…)",
+        fused="nothing",
+        saves="nothing",
+    ),
+    Operator(
         name="linear_forward",
         functions=("linear_forward",),
         formula="Y = dropout(act(X Wᵀ + b))",

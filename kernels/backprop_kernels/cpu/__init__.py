@@ -5,6 +5,7 @@ holds the threads, `compile.py` the machine code. It takes float32 and float64 C
 """
 
 from backprop_kernels.cpu.batch_norm import batch_norm_backward, batch_norm_forward
+from backprop_kernels.cpu.gather_rows import gather_rows
 from backprop_kernels.cpu.layer_norm import layer_norm_backward, layer_norm_forward
 from backprop_kernels.cpu.linear_dgrad import linear_dgrad
 from backprop_kernels.cpu.linear_forward import linear_forward
@@ -17,6 +18,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "capture",
+    "gather_rows",
     "layer_norm_backward",
     "layer_norm_forward",
     "linear_dgrad",

@@ -14,7 +14,7 @@ from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.program import Arguments, scratch
 
-BLOCK_ROWS = 96  # rows per partial column sum, and of a product's block: see product.py
+BLOCK_ROWS = 48  # rows per partial column sum, and of a product's block: see product.py
 
 # Slots, shared by both directions. Forward: C is Z, then Y. Backward: C is dY, then dZ.
 (C_, COLUMNS, BIAS, SAVED, STREAM, LAYER, THRESHOLD, SCALE, PARTIAL, SUMS, BLOCKS) = range(11)

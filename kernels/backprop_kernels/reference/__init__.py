@@ -5,6 +5,7 @@ derivative), in any layout. It is the oracle of the tests, and serves where Numb
 """
 
 from backprop_kernels.reference.batch_norm import batch_norm_backward, batch_norm_forward
+from backprop_kernels.reference.gather_rows import gather_rows
 from backprop_kernels.reference.layer_norm import layer_norm_backward, layer_norm_forward
 from backprop_kernels.reference.linear_dgrad import linear_dgrad
 from backprop_kernels.reference.linear_forward import linear_forward
@@ -17,6 +18,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "capture",
+    "gather_rows",
     "layer_norm_backward",
     "layer_norm_forward",
     "linear_dgrad",
