@@ -111,6 +111,18 @@ def test_dropout_changes_from_step_to_step_and_repeats_from_run_to_run(device: s
     assert losses(7) == losses(7) != losses(8)
 
 
+def test_each_layer_drops_elements_of_its_own(device: str) -> None:
+    """Ones through three identities: two masks of 1/2 leave 1/4 of the elements, not 1/2."""
+    layers: list[Layer] = [
+        bp.Linear(8, 8), bp.Dropout(0.5), bp.Linear(8, 8), bp.Dropout(0.5), bp.Linear(8, 8),
+    ]  # fmt: skip
+    model = bp.Sequential(layers, device=device)
+    state = {n: np.eye(8) if v.ndim == 2 else 0 * v for n, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    loss, _ = bp.value_and_grad(model, np.ones((500, 8)), np.zeros((500, 8)))
+    assert 0.2 < loss / 16 < 0.3  # an element that survives twice is scaled to 4
+
+
 def test_no_bit_depends_on_run_threads_or_the_address_of_a_batch() -> None:
     """D0 and D1, at sizes that are worth several threads."""
     from backprop_kernels.cpu import threads
