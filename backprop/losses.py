@@ -67,14 +67,13 @@ class Loss:
         if self.name == "cross_entropy" and y.ndim == 1:
             self._rows(y, batch, f"({batch},) class ids or ({batch}, {outputs})")
             return self._class_ids(y, out_features)
-        if y.ndim == 1 and outputs == 1:
-            y = y[:, None]
         expected = f"({batch}, {outputs})" + (f" or ({batch},)" if outputs == 1 else "")
         if self.name == "cross_entropy":
             expected = f"({batch},) class ids or ({batch}, {outputs}) probabilities"
-        if y.ndim != 2 or y.shape[1] != outputs:
+        if y.shape[1:] != (outputs,) and not (y.ndim == 1 and outputs == 1):
             raise ShapeError(f"loss {self.name}: y: expected shape {expected}, got {y.shape}")
         self._rows(y, batch, expected)
+        y = y.reshape(batch, outputs)
         refuse_non_finite(f"loss {self.name}", "y", y)
         self._in_range(y)
         return np.ascontiguousarray(y, dtype)

@@ -88,7 +88,7 @@ DATA: list[tuple[tuple[Any, Any, Any, int], type[Exception], str]] = [
     (
         (X, y[:9], "mse", 1),
         bp.ShapeError,
-        "loss mse: y: expected shape (10, 1) or (10,), one row per row of X, got (9, 1)",
+        "loss mse: y: expected shape (10, 1) or (10,), one row per row of X, got (9,)",
     ),
     (
         (X, y[None], "mse", 1),
