@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: demo test test-long bench clean
+.PHONY: demo test test-long bench bench-step clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo
@@ -24,9 +24,12 @@ test-long: $(VENV)/dev,demo,torch
 bench: $(VENV)/demo,bench
 	$(RUN) benchmarks/bench_flights.py $(ARGS)
 
+bench-step: $(VENV)/demo,bench,torch
+	$(RUN) benchmarks/bench_step.py $(ARGS)
+
 # A stamp is named after the extras that were installed. Editable, so that it stays true when the
 # sources change and no build folder with old copies is left in the checkout.
-$(VENV)/dev,demo $(VENV)/demo $(VENV)/demo,bench $(VENV)/dev,demo,torch: pyproject.toml | $(VENV)/made
+$(VENV)/dev,demo $(VENV)/demo $(VENV)/demo,bench $(VENV)/demo,bench,torch $(VENV)/dev,demo,torch: pyproject.toml | $(VENV)/made
 	@echo "installing [$(@F)] into $(VENV), once"
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
 	@touch $@

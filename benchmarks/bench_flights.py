@@ -8,17 +8,12 @@ one line to results/flights.csv.
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
-import subprocess
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 from backprop_kernels.cpu.threads import available_cpus, set_num_threads
+from common import append, machine
 from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
 
@@ -49,7 +44,7 @@ def main() -> None:
         numbers = [float(row[f"{short}_{what}"]) for what in ("epoch", "total", "first", "auc")]
         print("{:<24} {:10.3f} s {:10.2f} s {:10.2f} s {:8.4f}".format(name, *numbers))
     print(f"{'scikit-learn ÷ ours':<24} {row['ratio_epoch']:>12} {row['ratio_total']:>12}")
-    append({**row, **machine()})
+    append(RESULTS, {**row, **machine("scikit-learn")})
 
 
 def measure(
@@ -96,46 +91,6 @@ def measure(
         **{name: str(value) for name, value in settings.items()},
         **{name: f"{value:.4f}" for name, value in numbers.items()},
     }
-
-
-def machine() -> dict[str, str]:
-    """Where and with what this was measured."""
-    packages = ("numpy", "numba", "scikit-learn")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent.parent,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "cpu": _cpu_model(),
-        "cpus": str(available_cpus()),
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        "commit": commit.stdout.strip(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def append(row: dict[str, str]) -> None:
-    """Add one line to the results, and the header where there is none."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    print(f"appended to {RESULTS}")
 
 
 if __name__ == "__main__":
