@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
@@ -79,3 +81,18 @@ def test_fork_while_another_thread_trains() -> None:
             child.join(60)
             assert child.exitcode == 0
         assert len(set(background.result())) == 1
+
+
+BRIEF = """
+import numpy as np
+from backprop_kernels import cpu
+X, index = np.ones((3000, 155), np.float32), np.arange(600)
+for _ in range(5000):
+    assert cpu.gather_rows(X, index).sum() == 600 * 155
+"""
+
+
+def test_programs_of_two_threads_that_live_for_one_call() -> None:
+    """A worker may leave a program's last barrier after the program's memory is another's."""
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", BRIEF], check=True, timeout=120, env=paths)

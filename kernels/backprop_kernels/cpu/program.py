@@ -62,11 +62,9 @@ class Program:
         for entry, arguments in self._entries:
             words += [entry, word(arguments)]
         self._table = np.array(words, np.int64)
-        self._sync = np.zeros(32, np.int64)
         self._call = (
             address(_runner, 4),
             word(self._table),
-            word(self._sync),
             1 + self._flops // FLOPS_PER_THREAD,
         )
         self._bound = [word(array) for array in self.inputs]

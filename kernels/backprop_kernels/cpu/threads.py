@@ -77,17 +77,17 @@ def get_num_threads() -> int:
     return _limit
 
 
-def run(runner: int, table: int, sync: int, wanted: int) -> None:
+def run(runner: int, table: int, wanted: int) -> None:
     """Run the program at `table` on up to `wanted` threads, this one among them."""
     global _pool
     count = min(wanted, get_num_threads())
     if count == 1 or not _lock.acquire(blocking=False):
-        call(runner)(_SCRATCH, _SCRATCH, table, sync, 0, 1, 0)
+        call(runner)(_SCRATCH, _SCRATCH, table, 0, 0, 1, 0)  # alone it meets no barrier
         return
     try:
         if _pool is None:
             _pool = _Pool(get_num_threads(), runner)
-        _pool.run(runner, table, sync, count)
+        _pool.run(runner, table, count)
     finally:
         _lock.release()
 
@@ -96,8 +96,12 @@ class _Pool:
     def __init__(self, size: int, runner: int) -> None:
         self._control = np.zeros(WORKERS + 8 * size, np.int64)
         self._control[RUN] = runner
+        # The barrier's words are the pool's, not a program's: a worker may still be on its way out
+        # of the last barrier when the program is gone and its memory another's.
+        self._sync = np.zeros(16, np.int64)
+        self._control[SYNC] = self._sync.ctypes.data
         self._address = int(self._control.ctypes.data)
-        self._start = call(address(_starter, 4))
+        self._start = call(address(_starter, 3))
         self._closed = False
         self._parks = [threading.Lock() for _ in range(size)]
         entry = call(address(_worker, 2))
@@ -114,13 +118,13 @@ class _Pool:
             self._parks[index].acquire()
             self._control[WORKERS + 8 * index + STATE] = AWAKE
 
-    def run(self, runner: int, table: int, sync: int, count: int) -> None:
-        self._start(_SCRATCH, _SCRATCH, self._address, table, sync, count, 0)
+    def run(self, runner: int, table: int, count: int) -> None:
+        self._start(_SCRATCH, _SCRATCH, self._address, table, count, 0, 0)
         if self._control[MUST_WAKE]:  # the program is ordered, but this thread has not begun it
             for index in range(1, count):
                 if self._control[WORKERS + 8 * index + STATE] == PARKED:
                     self._wake(index)
-            call(runner)(_SCRATCH, _SCRATCH, table, sync, 0, count, 0)
+            call(runner)(_SCRATCH, _SCRATCH, table, int(self._control[SYNC]), 0, count, 0)
 
     def _wake(self, index: int) -> None:
         with contextlib.suppress(RuntimeError):  # already released: it is on its way
@@ -144,9 +148,8 @@ def _starter() -> Callable[..., None]:
     """Order a program and run this thread's part, unless a worker must be woken first."""
     from backprop_kernels.cpu.memory import atomic_add, atomic_load, call_kernel
 
-    def start(control, table, sync, threads):
+    def start(control, table, threads):
         control[TABLE] = table
-        control[SYNC] = sync
         control[THREADS] = threads
         must_wake = 0
         for index in range(1, threads):
@@ -155,7 +158,7 @@ def _starter() -> Callable[..., None]:
                 must_wake = 1
         control[MUST_WAKE] = must_wake
         if must_wake == 0:
-            call_kernel(control[RUN], table, sync, 0, threads)
+            call_kernel(control[RUN], table, control[SYNC], 0, threads)
 
     return start
 
