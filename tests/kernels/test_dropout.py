@@ -70,6 +70,13 @@ def test_forward_drops_what_the_reference_drops(
             assert np.array_equal(Y, expected), (shape, seed, step)
 
 
+def test_element_at_the_threshold_is_kept(backend: ModuleType, dtype: np.dtype) -> None:
+    word = int(philox(np.array([0, 0, 3, 2], np.uint64)[:, None], (5, 0))[0, 0])
+    for above, kept in ((0, True), (1, False)):
+        d = Dropout((word + above) / 2**32, stream(5, 3), 2)
+        assert bool(forward_mask(backend, dtype, (1, 1), d)[0, 0]) == kept
+
+
 def test_rate_zero_drops_nothing_and_scales_nothing(backend: ModuleType, dtype: np.dtype) -> None:
     assert (forward_mask(backend, dtype, (9, 33), Dropout(0.0, stream(1, 2), 0)) == 1).all()
 
