@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.epilogue import BLOCK_ROWS
@@ -18,6 +20,8 @@ from backprop_kernels.cpu.program import Arguments, scratch, submit
 from backprop_kernels.cpu.tile import host_shape
 
 BLOCK_COLUMNS = 128  # columns of C per block, BLOCK_ROWS its rows, where C is large
+TALL_ROWS = 192  # rows where B is larger than CACHED_B bytes: every block reads its columns again
+CACHED_B = 2**20
 ENOUGH_BLOCKS = 4  # to share; more of them read the same rows again
 STRIP = 64  # rows of a matrix that one thread packs at a time
 BLOCK_K = 256  # steps of K per pass: 12 rows of A then fit in half of a 32 kB L1
@@ -54,7 +58,7 @@ def multiply(
     A_panels = None
     if A.strides[0] == size and A.strides[1] > DIRECT:
         A_panels = scratch((-(-M // height), K, height), C.dtype)
-    rows, columns = _block(M, N, height, width, finish != 0)
+    rows, columns = _block(M, N, K, C.dtype, finish != 0)
     splits = 2 if epilogue is None and K >= SPLIT_K and M * N <= SPLIT_SIZE else 1
     partial = scratch((splits - 1, M, N), C.dtype)
     arguments = Arguments(
@@ -68,21 +72,24 @@ def multiply(
     submit(address(_kernel, 4, str(C.dtype)), arguments, flops=2 * M * N * K)
 
 
-def _block(M: int, N: int, height: int, width: int, leaves: bool) -> tuple[int, int]:
+def _block(M: int, N: int, K: int, dtype: Any, leaves: bool) -> tuple[int, int]:
     """Rows and columns of a block: even shares of C, enough of them for the threads.
 
-    `leaves`: column sums are taken, whose leaf is BLOCK_ROWS.
+    `leaves`: column sums are taken, so rows come in leaves of BLOCK_ROWS.
     """
-    down, across = max(1, -(-M // BLOCK_ROWS)), max(1, -(-N // BLOCK_COLUMNS))
+    M, N = max(M, 1), max(N, 1)
+    height, width = host_shape().rows, host_shape().columns(str(dtype))
+    tallest = TALL_ROWS if K * N * np.dtype(dtype).itemsize > CACHED_B else BLOCK_ROWS
+    down, across = -(-M // tallest), -(-N // BLOCK_COLUMNS)
+    unit = BLOCK_ROWS if leaves else height
     while down * across < ENOUGH_BLOCKS:
-        if across * width < N and (leaves or N * down >= M * across or down * height >= M):
+        if across * width < N and (N * down >= M * across or down * unit >= M):
             across += 1
-        elif not leaves and down * height < M:
+        elif down * unit < M:
             down += 1
         else:
             break
-    rows = BLOCK_ROWS if leaves else -(-M // (down * height)) * height
-    return rows, -(-N // (across * width)) * width
+    return -(-M // (down * unit)) * unit, -(-N // (across * width)) * width
 
 
 def _kernel(dtype: str) -> Callable[..., None]:
@@ -193,7 +200,11 @@ def _kernel(dtype: str) -> Callable[..., None]:
                     )  # fmt: skip
                 k += BLOCK_K
             if args[EPILOGUE] != 0:
-                call_epilogue(args[EPILOGUE], args[EPILOGUE_ARGS], row, rows, column, columns)
+                for i in range(0, rows, BLOCK_ROWS):
+                    call_epilogue(
+                        args[EPILOGUE], args[EPILOGUE_ARGS], row + i, min(BLOCK_ROWS, rows - i),
+                        column, columns,
+                    )  # fmt: skip
         if splits > 1:
             barrier(sync, threads)
             low = thread * M // threads * N
