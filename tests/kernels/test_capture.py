@@ -175,3 +175,24 @@ def test_input_that_replaying_could_not_replace_is_refused() -> None:
         "capture: inputs[0]: expected an array that an operator reads as it is, got one that is "
         "read through a view or not at all; replaying could not replace it"
     )
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 2**40, -(2**62)])
+def test_class_id_out_of_range_makes_a_replayed_loss_nan(dtype: np.dtype, bad: int) -> None:
+    """A program cannot raise, and must not use the id as an index."""
+    from backprop_kernels import cpu
+
+    Z, ids = np.zeros((5, 3), dtype), np.zeros(5, np.int64)
+    value, dZ, db = np.zeros(()), np.zeros((5, 3), dtype), np.zeros(3, dtype)
+    weight = {"class_weight": np.ones(3)}
+
+    def loss(ids: Array) -> None:
+        cpu.loss(Z, ids, "cross_entropy", weight, out=(value, dZ, db))
+
+    replay = cpu.capture(loss, ids)
+    ids[3] = bad
+    replay(ids)
+    assert np.isnan(value)
+    ids[3] = 1
+    replay(ids)
+    assert value == pytest.approx(np.log(3), rel=1e-6)
