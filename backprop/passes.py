@@ -8,6 +8,7 @@ dropout (so every `dZ` is a true ∂L/∂Z) and sums its columns into `db`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -43,7 +44,7 @@ class Workspace:
 
 
 @dataclass
-class Pass:
+class Pass(ABC):
     """One layer, the arrays it reads and writes, and its two directions."""
 
     backend: ModuleType
@@ -67,13 +68,15 @@ class Pass:
         """This pass as the layer above sees it."""
         return self.saved, self.activation, self.dropout
 
+    @abstractmethod
     def forward(self, X: Array) -> None:
-        raise NotImplementedError
+        """Y, and `kept`, from X."""
 
+    @abstractmethod
     def delta(self, X: Array, below: Pass) -> None:
         """From this pass's dZ make `below.dZ` and `below.db`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, X: Array) -> None:
         """From this pass's dZ make its weight's gradient."""
 
@@ -117,6 +120,9 @@ class NormPass(Pass):
         rest = below.below() if below else (None, "identity", None)
         out = (below.dZ, below.db, self.d_weight) if below else (None, None, self.d_weight)
         backward(self.dZ, X, self.weight, self.mean, self.rstd, *rest, out=out)
+
+    def gradient(self, X: Array) -> None:
+        """Nothing: dgamma came with the delta."""
 
 
 class Plan:
