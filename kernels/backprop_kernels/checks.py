@@ -13,7 +13,7 @@ import numpy as np
 
 from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array, Dropout
-from backprop_kernels.errors import KindError, OptionError, ShapeError
+from backprop_kernels.errors import KindError, LabelError, OptionError, ShapeError
 from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
 
@@ -217,6 +217,17 @@ def loss(
     shape = (("batch", batch), ("out_features", out_features))
     value = Z.dtype if Z.dtype.kind == "c" else np.dtype(np.float64)
     _outputs(where, out, {"value": ((), value), "dZ": (shape, Z.dtype), "db": (shape[1:], Z.dtype)})
+
+
+def class_ids(target: Array, classes: int, ignore_index: int) -> None:
+    """Refuse class ids outside 0 … classes − 1, naming the first."""
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise LabelError(
+            f"loss cross_entropy: target: expected class ids 0 … {classes - 1}, "
+            f"got {int(target[row])} at row {row} ({int(wrong.sum())} such row(s))"
+        )
 
 
 def optimizer_step(

@@ -20,7 +20,6 @@ from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.epilogue import BLOCKS, COLUMNS, PARTIAL, SUMS, column_sums
 from backprop_kernels.cpu.program import Arguments, scratch, submit
-from backprop_kernels.errors import LabelError
 from backprop_kernels.losses import LOSSES
 
 LEAF = 64  # rows per partial sum
@@ -57,7 +56,7 @@ def loss(
     checks.contiguous("loss", out_dZ=dZ, out_db=db)
     ids = name == "cross_entropy" and target.ndim == 1
     if ids:
-        _check_ids(target, columns, int(options["ignore_index"]))
+        checks.class_ids(target, columns, int(options["ignore_index"]))
         target = target.astype(np.int64, copy=False)
     leaves = max(-(-rows // LEAF), 1)
     partial = None if db is None else scratch((leaves, columns), Z.dtype)
@@ -78,16 +77,6 @@ def loss(
     entry = address(make, 4, str(Z.dtype), activation, variant)
     submit(entry, arguments, flops=FLOPS * rows * columns)
     return value, dZ, db
-
-
-def _check_ids(target: Array, classes: int, ignore_index: int) -> None:
-    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise LabelError(
-            f"loss cross_entropy: target: expected class ids 0 … {classes - 1}, "
-            f"got {int(target[row])} at row {row} ({int(wrong.sum())} such row(s))"
-        )
 
 
 def _option_table(name: str, options: Mapping[str, Any], columns: int, dtype: Any) -> Array:

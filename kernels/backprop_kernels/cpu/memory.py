@@ -32,7 +32,6 @@ def pointer(dtype: Any) -> Any:
     return cast
 
 
-int32s = pointer(types.int32)
 int64s = pointer(types.int64)
 float64s = pointer(types.float64)
 

@@ -10,7 +10,6 @@ import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array
-from backprop_kernels.errors import LabelError
 from backprop_kernels.losses import LOSSES
 from backprop_kernels.reference import array_math as m
 from backprop_kernels.reference.epilogue import write
@@ -84,7 +83,7 @@ def _cross_entropy(
     P, total = target, weight.sum()
     if target.ndim == 1:
         ignored = target == ignore_index
-        check_labels(target, classes, ignored)
+        checks.class_ids(target, classes, ignore_index)
         ids = np.where(ignored, 0, target)
         P = (ids[:, None] == np.arange(classes)).astype(Z.real.dtype)
         weight = np.where(ignored, 0, weight)
@@ -98,14 +97,3 @@ def _cross_entropy(
     # 0 · (−∞) counts as 0: a class that carries no probability costs nothing.
     values = -np.where(Q == 0, 0, Q * log_softmax).sum(axis=1)
     return values, m.exp(log_softmax) * Q.sum(axis=1, keepdims=True) - Q, weight, total
-
-
-def check_labels(target: Array, classes: int, ignored: Array) -> None:
-    """Refuse class ids outside 0 … classes − 1, naming the first."""
-    wrong = np.flatnonzero(~ignored & ((target < 0) | (target >= classes)))
-    if len(wrong):
-        row = int(wrong[0])
-        raise LabelError(
-            f"loss cross_entropy: target: expected class ids 0 … {classes - 1}, "
-            f"got {int(target[row])} at row {row} ({len(wrong)} such row(s))"
-        )
