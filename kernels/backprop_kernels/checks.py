@@ -231,7 +231,14 @@ def class_ids(target: Array, classes: int, ignore_index: int) -> None:
 
 
 def optimizer_step(
-    P: Array, G: Array, state: Any, scalars: Array, rule: str, guard: Array | None, out: Any
+    P: Array,
+    G: Array,
+    state: Any,
+    scalars: Array,
+    rule: str,
+    guard: Array | None,
+    out: Any,
+    spans: Sequence[tuple[int, int, int]] | None,
 ) -> None:
     where = "optimizer_step"
     choice(where, "rule", rule, OPTIMIZERS)
@@ -247,10 +254,28 @@ def optimizer_step(
         array(where, name, value, same, P.dtype)
     row, double = OPTIMIZERS[rule], np.dtype(np.float64)
     count = 1 + len(row.scalars(1, **row.options))
-    array(where, "scalars", scalars, ((f"max_norm and those of {rule}", count),), double)
+    if spans is None:
+        array(where, "scalars", scalars, ((f"max_norm and those of {rule}", count),), double)
+    else:
+        columns = (f"max_norm, max_value, l1, l2 and those of {rule}", count + 3)
+        array(where, "scalars", scalars, ("rows", columns), double)
+        _spans(where, spans, P.shape[0], scalars.shape[0])
     if guard is not None:
         array(where, "guard", guard, (), double)
     _outputs(where, None if out is None else (out,), {"norm": ((), double)})
+
+
+def _spans(where: str, spans: Sequence[tuple[int, int, int]], size: int, rows: int) -> None:
+    """Spans index memory, so that they are checked by value: rising, apart, inside."""
+    end = 0
+    for i, span in enumerate(spans):
+        good = len(span) == 3 and end <= span[0] <= span[1] <= size and 0 <= span[2] < rows
+        if not good:
+            raise ShapeError(
+                f"{where}: spans[{i}]: expected (start, stop, row) with {end} ≤ start ≤ stop ≤ "
+                f"{size} and 0 ≤ row < {rows}, got {tuple(span)}"
+            )
+        end = span[1]
 
 
 def norm_forward(

@@ -67,7 +67,7 @@ OPERATORS: tuple[Operator, ...] = (
         functions=("optimizer_step",),
         formula="P, state ← update(P, G, state), only if every element of G is finite",
         shapes="P(p) G(p) state(k,p) → norm() finite()",
-        fused="finite check, global-norm clipping, weight decay",
+        fused="finite check, clipping by norm and value, weight decay, penalties by span of P",
         saves="state",
     ),
     Operator(
@@ -81,7 +81,8 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(
         name="layer_norm",
         functions=("layer_norm_forward", "layer_norm_backward"),
-        formula="Y = dropout(act(gamma (X − mean_f) rstd_f + beta)), statistics over the features",
+        formula="Y = dropout(act(gamma (X − mean_f) rstd_f + beta)), statistics over the features; "
+        "not centred: mean_f = 0",
         shapes="X(n,f) gamma(f) beta(f) → Y(n,f) mean(n) rstd(n)",
         fused="activation, dropout; backward: the layer below, as in linear_dgrad",
         saves="mean, rstd; Y or Z, as the activation table says",

@@ -25,6 +25,18 @@ class Optimizer:
     update: Callable[..., tuple[Any, tuple[Any, ...]]]
 
 
+def regularised(update: Callable[..., Any]) -> Callable[..., Any]:
+    """`update` behind clipping by value and the gradients of l1 Σ|p| and l2/2 Σp²."""
+
+    def formula(
+        m: Any, p: Any, g: Any, state: Any, max_value: Any, l1: Any, l2: Any, *scalars: Any
+    ) -> Any:
+        g = m.where(g > max_value, max_value, m.where(g < -max_value, -max_value, g))
+        return update(m, p, g + l1 * m.sign(p) + l2 * p, state, *scalars)
+
+    return formula
+
+
 def _sgd_scalars(
     step: int, lr: float, momentum: float, nesterov: bool, weight_decay: float
 ) -> tuple[float, ...]:

@@ -194,3 +194,38 @@ def test_layer_below_may_want_nothing(backend: ModuleType, dtype: np.dtype) -> N
     dgamma = np.full(33, np.nan, dtype)
     backend.layer_norm_backward(dZ, X, gamma, mean, rstd, out=(None, None, dgamma))
     assert np.array_equal(dgamma, expected)
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_not_centred_is_rms_norm(backend: ModuleType, dtype: np.dtype, activation: str) -> None:
+    """Forward against the formula, backward against complex step of the formula."""
+    for shape in ((1, 1), (3, 16), (9, 33), (97, 31)):
+        X, gamma, beta, dZ = drawn(shape, dtype)
+        Y, mean, rstd = (np.empty(n, dtype) for n in (shape, shape[0], shape[0]))
+        backend.layer_norm_forward(X, gamma, beta, 1e-3, out=(Y, None, mean, rstd), centred=False)
+        x, g, b, d = (a.astype(np.longdouble) for a in (X, gamma, beta, dZ))
+
+        def rms_norm(x: Array, g: Array = g, b: Array = b) -> Array:
+            return g * x / np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-3) + b
+
+        exact = rms_norm(x)
+        roundings = (FORMULA + 2 * np.sqrt(shape[1])) * unit(dtype)
+        assert not mean.any()
+        assert_within(Y, exact, roundings * (np.abs(exact) + 2 * np.abs(b)), f"Y of {shape}")
+
+        below = drawn(shape, dtype)[3]
+        out = tuple(np.empty(n, dtype) for n in (shape, shape[1], shape[1]))
+        backend.layer_norm_backward(
+            dZ, X, gamma, mean, rstd, below, activation, out=out, centred=False
+        )
+        slope = oracles.ACTIVATIONS[activation][1](below.astype(float))
+        h, exact_dX = 1e-200, np.empty(shape, np.longdouble)
+        for column in range(shape[1]):
+            nudged = x.astype(np.clongdouble)
+            nudged[:, column] += 1j * h
+            exact_dX[:, column] = (d * rms_norm(nudged)).sum(axis=1).imag / h
+        scale = rstd[:, None] * np.abs(dZ * gamma).max() * (1 + np.abs(x) * rstd[:, None])
+        bound = 4 * roundings * scale * (np.abs(slope) + 1)
+        assert_within(out[0], exact_dX * slope, bound, f"dX of {shape}")
+        bound = 4 * roundings * np.sqrt(shape[0]) * np.abs(d * x * rstd[:, None]).sum(axis=0)
+        assert_within(out[2], (d * x * rstd[:, None]).sum(axis=0), bound, f"dgamma of {shape}")

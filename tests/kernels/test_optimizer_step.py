@@ -182,3 +182,67 @@ def test_padding_stays_zero(backend: ModuleType, dtype: np.dtype) -> None:
 def test_empty_arena_is_left_alone(backend: ModuleType, dtype: np.dtype) -> None:
     P = np.zeros(0, dtype)
     assert backend.optimizer_step(P, P, states("Adam", P), scalars("Adam", {}, 1), "Adam") == 0
+
+
+SPANS = [(0, 0, 1), (0, 5, 2), (5, 16, 0), (48, 9000, 1), (9001, 20000, 2)]  # a gap of 32, and of 1
+
+
+def spanned_scalars(rule: str, step: int, max_norm: float = np.inf) -> Array:
+    """Three rows: every one clips and penalises in its own way."""
+    penalties = ([0.5, 0.0, 0.0], [np.inf, 0.25, 0.125], [0.25, 0.0, 0.5])
+    rows = [scalars(rule, {"lr": lr}, step) for lr in (0.1, 0.2, 0.0)]
+    return np.array([[max_norm, *p, *r[1:]] for p, r in zip(penalties, rows, strict=True)])
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_each_span_is_updated_by_its_row(backend: ModuleType, dtype: np.dtype, rule: str) -> None:
+    rng = np.random.default_rng(3)
+    P, *gradients = (rng.standard_normal(20011).astype(dtype) for _ in range(3))
+    P[::7] = 0  # where |p| has no derivative
+    guards = Guards()
+    whole, state = guards.inout(P), [guards.inout(s) for s in states(rule, P)]
+    parts = [P[start:stop].copy() for start, stop, _ in SPANS]
+    moments = [states(rule, part) for part in parts]
+    for step, G in enumerate(gradients, 1):
+        numbers = spanned_scalars(rule, step)
+        backend.optimizer_step(whole, G, state, numbers, rule, None, None, SPANS)
+        for (start, stop, row), part, moment in zip(SPANS, parts, moments, strict=True):
+            max_value, l1, l2 = numbers[row, 1:4].astype(dtype)
+            g = np.clip(G[start:stop], -max_value, max_value) + l1 * np.sign(part) + l2 * part
+            plain = numbers[row, [0, *range(4, numbers.shape[1])]]
+            backend.optimizer_step(part, g, moment, plain, rule)
+    guards.check()
+    touched = np.zeros(len(P), bool)
+    for (start, stop, _), part, moment in zip(SPANS, parts, moments, strict=True):
+        touched[start:stop] = True
+        for actual, expected in zip((whole, *state), (part, *moment), strict=True):
+            # One rounding apart where a backend fuses a product with a sum.
+            slack = 8 * unit(dtype) * (1 + np.abs(expected))
+            assert (np.abs(actual[start:stop] - expected) <= slack).all(), (rule, start)
+    assert np.array_equal(whole[~touched], P[~touched])
+    assert not any(s[~touched].any() for s in state)
+
+
+def test_spans_share_the_norm_of_everything(backend: ModuleType, dtype: np.dtype) -> None:
+    P, G = np.zeros(4, dtype), np.array([0, 3, 0, 4], dtype)
+    numbers = np.array([[2.5, np.inf, 0, 0, *scalars("SGD", {"lr": 1.0}, 1)[1:]]])
+    norm = backend.optimizer_step(P, G, states("SGD", P), numbers, "SGD", None, None, [(0, 2, 0)])
+    assert norm == 5.0
+    np.testing.assert_allclose(P, [0, -1.5, 0, 0], rtol=1e-6)
+    G[3] = np.nan  # outside the span: still no step
+    before = P.tobytes()
+    backend.optimizer_step(P, G, states("SGD", P), numbers, "SGD", None, None, [(0, 2, 0)])
+    assert P.tobytes() == before
+
+
+@pytest.mark.parametrize(
+    "spans", [[(0, 5, 0)], [(-1, 2, 0)], [(2, 1, 0)], [(0, 2, 1)], [(0, 3, 0), (2, 4, 0)], [(0, 1)]]
+)
+def test_spans_outside_the_arena_are_refused(
+    backend: ModuleType, dtype: np.dtype, spans: list[Any]
+) -> None:
+    P = np.ones(4, dtype)
+    numbers = spanned_scalars("SGD", 1)[:1]
+    with pytest.raises(ValueError, match=r"spans\[\d\]: expected \(start, stop, row\) with"):
+        backend.optimizer_step(P, P.copy(), states("SGD", P), numbers, "SGD", None, None, spans)
+    assert (P == 1).all()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cpu import norms
@@ -43,15 +45,18 @@ def layer_norm_forward(
     activation: str = "identity",
     dropout: Dropout | None = None,
     out: tuple[Array | None, Array | None, Array | None, Array | None] | None = None,
+    centred: bool = True,
 ) -> tuple[Array, Array | None, Array, Array]:
-    """X (batch, features) → Y, saved, mean (batch), rstd (batch)."""
+    """X (batch, features) → Y, saved, mean (batch), rstd (batch).
+
+    Not `centred`, it is RMS norm: the mean is taken as 0, so that rstd = 1/√(mean X² + eps).
+    """
     checks.norm_forward("layer_norm_forward", X, gamma, beta, activation, dropout, out, len(X))
     checks.contiguous(
         "layer_norm_forward", X=X, gamma=gamma, beta=beta,
         **checks.named_outputs(out, "Y", "saved", "mean", "rstd"),
     )  # fmt: skip
-    numbers = scratch(1, "float64")
-    numbers[0] = eps
+    numbers = np.array([eps, centred], np.float64)
     return norms.forward(
         _forward, X, gamma, beta, numbers, (None, None), activation, dropout, out, len(X)
     )
@@ -67,6 +72,7 @@ def layer_norm_backward(
     activation: str = "identity",
     dropout: Dropout | None = None,
     out: tuple[Array | None, Array | None, Array | None] | None = None,
+    centred: bool = True,
 ) -> tuple[Array, Array | None, Array | None]:
     """dZ (batch, features), the layer below → dZ_prev, db_prev, dgamma (dbeta is dZ's own db)."""
     checks.norm_backward(
@@ -78,8 +84,9 @@ def layer_norm_backward(
     )  # fmt: skip
     partial = scratch((max(-(-len(X) // BLOCK_ROWS), 1), X.shape[1]), X.dtype)
     return norms.backward(
-        _backward, dZ, X, gamma, mean, rstd, saved, activation, dropout, out, partial
-    )
+        _backward, dZ, X, gamma, mean, rstd, saved, activation, dropout, out, partial,
+        np.array([0.0, centred], np.float64),
+    )  # fmt: skip
 
 
 def _forward(dtype: str) -> Callable[..., None]:
@@ -98,7 +105,7 @@ def _forward(dtype: str) -> Callable[..., None]:
         mean, rstd = floats(args[MEAN]), floats(args[RSTD])
         rows, width = args[ROWS], args[COLUMNS]
         blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-        eps = float64s(args[NUMBERS])[0]
+        eps, centred = float64s(args[NUMBERS])[0], float64s(args[NUMBERS])[1]
         taken = 0
         while True:
             piece = take(args, BLOCK_TICKET, blocks, thread, threads, taken)
@@ -112,7 +119,7 @@ def _forward(dtype: str) -> Callable[..., None]:
                 total, square = 0.0, 0.0  # float64: a row's sum has one order and no rounding
                 for j in range(width):
                     total += types.float64(X[e + j])
-                middle = total / width
+                middle = total / width if centred != 0 else 0.0
                 for j in range(width):
                     d = types.float64(X[e + j]) - middle
                     square += d * d
@@ -129,7 +136,14 @@ def _forward(dtype: str) -> Callable[..., None]:
 def _backward(dtype: str) -> Callable[..., None]:
     from numba import types
 
-    from backprop_kernels.cpu.memory import barrier, call_epilogue, call_kernel, pointer, take
+    from backprop_kernels.cpu.memory import (
+        barrier,
+        call_epilogue,
+        call_kernel,
+        float64s,
+        pointer,
+        take,
+    )  # fmt: skip
 
     real = getattr(types, dtype)
     floats = pointer(real)
@@ -140,6 +154,7 @@ def _backward(dtype: str) -> Callable[..., None]:
         partial, dgamma = floats(args[PARTIAL]), floats(args[DGAMMA])
         rows, width = args[ROWS], args[COLUMNS]
         blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+        centred = float64s(args[NUMBERS])[1]
         taken = 0
         while True:
             block = take(args, BLOCK_TICKET, blocks, thread, threads, taken)
@@ -159,7 +174,7 @@ def _backward(dtype: str) -> Callable[..., None]:
                     d = dZ[e + j] * gamma[j]
                     shift += types.float64(d)
                     slope += types.float64(d) * types.float64(x_hat)
-                a, c = real(shift / width), real(slope / width)
+                a, c = real(shift / width if centred != 0 else 0.0), real(slope / width)
                 for j in range(width):
                     x_hat = (X[e + j] - mean[i]) * rstd[i]
                     partial[p + j] += dZ[e + j] * x_hat

@@ -42,6 +42,7 @@ def forward(
 def backward(
     make: Any, dZ: Array, X: Array, gamma: Array, mean: Array, rstd: Array, saved: Array | None,
     activation: str, dropout: Dropout | None, out: Any, partial: Array,
+    numbers: Array | None = None,
 ) -> tuple[Array, Array | None, Array | None]:  # fmt: skip
     """Submit a backward kernel: a block of dX, then the layer below's epilogue on it."""
     features = X.shape[1]
@@ -54,7 +55,7 @@ def backward(
     entry, args = epilogue or (0, None)
     arguments = Arguments(
         (
-            0, 0, X, dZ, dZ_prev, gamma, None, mean, rstd, *X.shape, None, None, None, dgamma,
+            0, 0, X, dZ, dZ_prev, gamma, None, mean, rstd, *X.shape, numbers, None, None, dgamma,
             partial, entry, args, finish,
         )
     )  # fmt: skip

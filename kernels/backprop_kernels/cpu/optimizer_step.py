@@ -18,14 +18,13 @@ from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.program import Arguments, scratch, submit
-from backprop_kernels.optimizers import OPTIMIZERS
+from backprop_kernels.optimizers import OPTIMIZERS, regularised
 
 CHUNK = 8192  # parameters per piece of work: five arrays of it fit in a 256 kB share of L2
 FLOPS = 20  # of one parameter, roughly
 
-(SUM_TICKET, CHUNK_TICKET, P_, G_, STATE_0, STATE_1, SCALARS, SIZE, NORM, GUARD, SQUARES) = range(
-    11
-)
+(SUM_TICKET, CHUNK_TICKET, P_, G_, STATE_0, STATE_1, SCALARS, SIZE, NORM, GUARD, SQUARES, SPANS,
+ SPAN_COUNT) = range(13)  # fmt: skip
 
 
 def optimizer_step(
@@ -36,13 +35,16 @@ def optimizer_step(
     rule: str = "SGD",
     guard: Array | None = None,
     out: Array | None = None,
+    spans: Sequence[tuple[int, int, int]] | None = None,
 ) -> Array:
     """P, G and each state (parameters,); updates P and state in place and returns ‖G‖₂.
 
     scalars (float64) are [max_norm, *OPTIMIZERS[rule].scalars(step, …)]; a gradient longer than
     max_norm is scaled down to it. Where ‖G‖ or `guard` (the loss) is not finite, nothing changes.
+    With `spans`, only P[start:stop] of each (start, stop, row) is updated, by
+    scalars[row] = [max_norm, max_value, l1, l2, *those of the rule].
     """
-    checks.optimizer_step(P, G, state, scalars, rule, guard, out)
+    checks.optimizer_step(P, G, state, scalars, rule, guard, out, spans)
     named = dict(zip(OPTIMIZERS[rule].state, state, strict=True))
     checks.contiguous("optimizer_step", P=P, G=G, scalars=scalars, **named)
     norm = np.zeros(()) if out is None else out
@@ -51,28 +53,31 @@ def optimizer_step(
         (
             0, 0, P, G, state[0], state[1] if len(state) > 1 else None, scalars, size, norm, guard,
             scratch(max(-(-size // CHUNK), 1), np.float64),
+            None if spans is None else np.array(spans, np.int64), len(spans or ()),
         )
     )  # fmt: skip
-    submit(address(_kernel, 4, str(P.dtype), rule, len(scalars) - 1), arguments, FLOPS * size)
+    kernel = address(_kernel, 4, str(P.dtype), rule, scalars.shape[-1] - 1, int(spans is not None))
+    submit(kernel, arguments, FLOPS * size)
     return norm
 
 
-def _kernel(dtype: str, rule: str, n_scalars: int) -> Callable[..., None]:
+def _kernel(dtype: str, rule: str, n_scalars: int, spanned: int) -> Callable[..., None]:
     from numba import types
 
     from backprop_kernels.cpu import vector_math
-    from backprop_kernels.cpu.memory import barrier, float64s, numbers, take
+    from backprop_kernels.cpu.memory import barrier, float64s, int64s, numbers, take
     from backprop_kernels.cpu.vector_loop import sum_of_squares, vector_loop
 
     real = getattr(types, dtype)
     size = 4 if dtype == "float32" else 8
     row = OPTIMIZERS[rule]
+    rule_update = regularised(row.update) if spanned else row.update
     states = len(row.state)
     two = states == 2
 
     def formula(p: Any, g: Any, *rest: Any) -> tuple[Any, ...]:
         state, clip, scalars = rest[:states], rest[states], rest[states + 1 :]
-        new_p, new_state = row.update(vector_math, p, g * clip, state, *scalars)
+        new_p, new_state = rule_update(vector_math, p, g * clip, state, *scalars)
         return new_p, *new_state
 
     update = vector_loop(formula, dtype, 2 + states, 1 + n_scalars)
@@ -102,17 +107,26 @@ def _kernel(dtype: str, rule: str, n_scalars: int) -> Callable[..., None]:
         if not (np.isfinite(norm) and np.isfinite(guard)):
             return
         clip = real(min(1.0, float64s(args[SCALARS])[0] / (norm + 1e-6)))
-        scalars = (clip, *scalars_of(args[SCALARS] + 8))
         taken = 0
         while True:
             t = take(args, CHUNK_TICKET, chunks, thread, threads, taken)
             if t < 0:
                 break
             taken += 1
-            at, n = t * CHUNK * size, min(CHUNK, count - t * CHUNK)
-            if two:
-                update((P + at, G + at, S0 + at, S1 + at, P + at, S0 + at, S1 + at), scalars, n)
-            else:
-                update((P + at, G + at, S0 + at, P + at, S0 + at), scalars, n)
+            first, last = t * CHUNK, min((t + 1) * CHUNK, count)
+            for span in range(args[SPAN_COUNT] if spanned else 1):
+                start, stop, row = first, last, 0
+                if spanned:
+                    start = max(first, int64s(args[SPANS])[3 * span])
+                    stop = min(last, int64s(args[SPANS])[3 * span + 1])
+                    row = int64s(args[SPANS])[3 * span + 2]
+                if start >= stop:
+                    continue
+                scalars = (clip, *scalars_of(args[SCALARS] + 8 * (row * (1 + n_scalars) + 1)))
+                at, n = start * size, stop - start
+                if two:
+                    update((P + at, G + at, S0 + at, S1 + at, P + at, S0 + at, S1 + at), scalars, n)
+                else:
+                    update((P + at, G + at, S0 + at, P + at, S0 + at), scalars, n)
 
     return kernel

@@ -17,11 +17,15 @@ def layer_norm_forward(
     activation: str = "identity",
     dropout: Dropout | None = None,
     out: tuple[Array | None, Array | None, Array | None, Array | None] | None = None,
+    centred: bool = True,
 ) -> tuple[Array, Array | None, Array, Array]:
-    """X (batch, features) → Y, saved, mean (batch), rstd (batch)."""
+    """X (batch, features) → Y, saved, mean (batch), rstd (batch).
+
+    Not `centred`, it is RMS norm: the mean is taken as 0, so that rstd = 1/√(mean X² + eps).
+    """
     checks.norm_forward("layer_norm_forward", X, gamma, beta, activation, dropout, out, len(X))
     features = max(X.shape[1], 1)
-    mean = X.sum(axis=1) / features
+    mean = X.sum(axis=1) / features if centred else np.zeros(len(X), X.dtype)
     centred = X - mean[:, None]
     rstd = 1 / np.sqrt((centred * centred).sum(axis=1) / features + X.real.dtype.type(eps))
     given = out or (None, None, None, None)
@@ -40,6 +44,7 @@ def layer_norm_backward(
     activation: str = "identity",
     dropout: Dropout | None = None,
     out: tuple[Array | None, Array | None, Array | None] | None = None,
+    centred: bool = True,
 ) -> tuple[Array, Array, Array]:
     """dZ (batch, features), the layer below → dZ_prev, db_prev, dgamma (dbeta is dZ's own db)."""
     checks.norm_backward(
@@ -48,7 +53,7 @@ def layer_norm_backward(
     features = max(X.shape[1], 1)
     X_hat = (X - mean[:, None]) * rstd[:, None]
     dX_hat = dZ * gamma
-    shift = dX_hat.sum(axis=1, keepdims=True) / features
+    shift = dX_hat.sum(axis=1, keepdims=True) / features if centred else 0
     slope = (dX_hat * X_hat).sum(axis=1, keepdims=True) / features
     dX = rstd[:, None] * (dX_hat - shift - X_hat * slope)
     given = out or (None, None, None)
