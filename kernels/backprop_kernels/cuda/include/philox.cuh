@@ -5,13 +5,14 @@
 struct KeepMask {
     unsigned key0 = 0, key1 = 0, step = 0, layer;
     unsigned w0 = 0, w1 = 0, w2 = 0, w3 = 0;  // the words of `block`
-    long long block = -1;          // none yet
+    long long block = -1;                     // none yet
     unsigned long long threshold;  // up to 2^32: nothing is kept then
+    bool drops;                    // whether there is dropout at all
 
     // stream: seed, step on the device; null where there is no dropout and everything is kept.
     DEVICE KeepMask(const long long* stream, long long layer, long long threshold)
-        : layer(unsigned(layer)), threshold(stream ? threshold : 0) {
-        if (!stream) return;
+        : layer(unsigned(layer)), threshold(threshold), drops(stream != nullptr) {
+        if (!drops) return;
         const unsigned long long seed = stream[0];
         key0 = unsigned(seed);
         key1 = unsigned(seed >> 32);
@@ -20,7 +21,7 @@ struct KeepMask {
 
     // Whether the element is kept. Cheapest where a thread asks for elements in order.
     DEVICE bool operator()(long long element) {
-        if (threshold == 0) return true;
+        if (!drops) return true;
         if (element / 4 != block) draw(element / 4);
         const unsigned low = element & 1 ? w1 : w0, high = element & 1 ? w3 : w2;
         return (element & 2 ? high : low) >= threshold;
