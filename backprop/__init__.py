@@ -18,6 +18,7 @@ from backprop_kernels.errors import (
     DeviceUnavailableError,
     KindError,
     LabelError,
+    MissingExtraError,
     NonFiniteError,
     OptionError,
     ShapeError,
@@ -25,6 +26,7 @@ from backprop_kernels.errors import (
 
 from backprop import ops
 from backprop.device import get_num_threads, set_num_threads
+from backprop.exchange import from_onnx, from_torch, to_onnx, to_torch
 from backprop.fit import fit
 from backprop.gradcheck import GradientError, GradientReport, gradcheck
 from backprop.history import History
@@ -60,6 +62,7 @@ __all__ = [
     "Linear",
     "Lion",
     "Loss",
+    "MissingExtraError",
     "NonFiniteError",
     "Optimizer",
     "OptionError",
@@ -68,10 +71,14 @@ __all__ = [
     "ShapeError",
     "TrainStep",
     "fit",
+    "from_onnx",
+    "from_torch",
     "get_num_threads",
     "gradcheck",
     "load",
     "ops",
     "set_num_threads",
+    "to_onnx",
+    "to_torch",
     "value_and_grad",
 ]

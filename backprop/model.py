@@ -30,6 +30,7 @@ from backprop.passes import Plan, Workspace
 
 DTYPES = ("float32", "float64")
 PREDICT_ROWS = 8192  # rows per pass of predict: activations stay in cache at common widths
+ARCHITECTURE = "fused-backprop"  # the metadata entry of a file that holds a model
 FORMAT = "fused-backprop 1"
 MAX_PARAMETERS = 2**40  # of a file: refused before anything is allocated
 
@@ -195,7 +196,7 @@ class Sequential:
         """Write a safetensors file: tensors, checksums, architecture. Atomic and durable."""
         from backprop.checkpoint import write_tensors
 
-        metadata = {"format": "pt", "fused-backprop": json.dumps(self.config(), allow_nan=False)}
+        metadata = {"format": "pt", ARCHITECTURE: json.dumps(self.config(), allow_nan=False)}
         write_tensors(path, self.state_dict(), metadata)
 
     def __repr__(self) -> str:
@@ -249,13 +250,13 @@ def load(path: str | PathLike[str], device: str = "auto") -> Sequential:
     from backprop.checkpoint import read_tensors
 
     tensors, metadata = read_tensors(path)
-    if "fused-backprop" not in metadata:
+    if ARCHITECTURE not in metadata:
         raise CheckpointFormatError(
             f"load: {path}: expected a model saved by fused-backprop, got a safetensors file "
             "without its architecture; build the model and use load_state_dict"
         )
     try:
-        config = json.loads(metadata["fused-backprop"])
+        config = json.loads(metadata[ARCHITECTURE])
         if config["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT!r}, got {config['format']!r}")
         layers = [LAYERS[entry.pop("kind")](**entry) for entry in config["layers"]]

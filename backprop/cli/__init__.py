@@ -17,7 +17,7 @@ from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
 
 from backprop import __version__
-from backprop.cli import doctor, gradcheck, tables
+from backprop.cli import doctor, export, gradcheck, tables
 from backprop.model import DTYPES
 from backprop.table import MAX_REFUSED
 from backprop.table.encoding import TASKS
@@ -98,6 +98,21 @@ def parser() -> argparse.ArgumentParser:
     _add_model_and_data(evaluate)
     evaluate.add_argument("--target", metavar="COL", help="default: the name it was trained with")
     evaluate.set_defaults(run=tables.evaluate)
+
+    out = commands.add_parser(
+        "export",
+        help="take a model to ONNX or PyTorch, or bring one from there",
+        description="A model of this library becomes an .onnx file, or a .safetensors file with "
+        "PyTorch's names. An .onnx file or a PyTorch .safetensors file becomes a model of this "
+        "library.",
+    )
+    out.add_argument("model", help="a .safetensors or .onnx file")
+    out.add_argument("output", help="the .onnx or .safetensors file to write")
+    out.add_argument("--probabilities", action="store_true",
+                     help="ONNX: end with sigmoid or softmax")  # fmt: skip
+    _option(out, "--activation", "relu", "of a PyTorch file's hidden layers", metavar="NAME")
+    _option(out, "--output-activation", "identity", "of its last layer", metavar="NAME")
+    out.set_defaults(run=export.run)
 
     check = commands.add_parser(
         "gradcheck",

@@ -40,6 +40,10 @@ class DeviceUnavailableError(BackpropError, RuntimeError):
     """The requested device cannot be used here; the message says why and what to install."""
 
 
+class MissingExtraError(BackpropError, ImportError):
+    """A feature needs a library that is not installed; the message says which extra brings it."""
+
+
 class CheckpointFormatError(BackpropError, ValueError):
     """A file is not a checkpoint this version can read."""
 
