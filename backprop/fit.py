@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import DataError, KindError
 
-from backprop.arena import aligned_zeros
+from backprop.batches import Batches, Rows
 from backprop.history import History
 from backprop.losses import Loss, options_for_kernel, resolve_loss
 from backprop.model import PREDICT_ROWS, Sequential
@@ -55,6 +53,9 @@ def fit(
 
     All data is checked before the first step; an error leaves the model unchanged. When a step
     meets a non-finite loss or gradient it is not applied and NonFiniteError is raised.
+
+    X may be larger than memory: a memory map, or a dataset (HDF5, Zarr) with shape and slicing. It
+    is then read while training runs, checked as it is read, and shuffled by blocks.
     """
     if not isinstance(model, Sequential):
         raise KindError(f"fit: model: expected a model, got {type(model).__name__}")
@@ -77,30 +78,20 @@ def fit(
                 f"got {type(callback).__name__}"
             )
 
-    rows, batch_size = len(X), min(int(batch_size), len(X))
-    step = TrainStep(model, loss, optimizer, batch_size, clip_norm, seed)
-    batch = [aligned_zeros((batch_size, *c.shape[1:]), c.dtype) for c in columns]
-    order_rng = np.random.default_rng(seed)
-    order = np.arange(rows)
-    gathers: dict[int, tuple[Callable[..., None], list[Array]]] = {}
+    batches = Batches(model.backend, columns, int(batch_size), shuffle, seed)
+    rows = batches.rows
+    step = TrainStep(model, loss, optimizer, batches.size, clip_norm, seed)
     history = History()
-    step.prepare(*batch)  # compiling is no part of the rate, nor of the first epoch's seconds
+    step.prepare(*batches.full)  # compiling is no part of the rate, nor of the first epoch's time
     report = Progress(int(epochs), rows, progress)
     val_loss: float | None = None
     for epoch in range(int(epochs)):
         started = time.perf_counter()
-        if shuffle:
-            order_rng.shuffle(order)
-        total = 0.0
-        for start in range(0, rows, batch_size):
-            chosen = order[start : start + batch_size]
-            n = len(chosen)
-            if n not in gathers:
-                gathers[n] = _gather(model.backend, columns, batch, chosen)
-            gather, part = gathers[n]
-            gather(chosen)
-            total += n * step.run(*part)
-            report.update(epoch, start + n, total / (start + n), val_loss)
+        total, done = 0.0, 0
+        for batch in batches.epoch(epoch):
+            total += len(batch[0]) * step.run(*batch)
+            done += len(batch[0])
+            report.update(epoch, done, total / done, val_loss)
         values = {"loss": total / rows, "lr": step.optimizer.lr}
         if held_out is not None:
             values["val_loss"] = val_loss = evaluate_loss(model, *held_out, loss)
@@ -112,28 +103,13 @@ def fit(
     return history
 
 
-def _gather(
-    backend: ModuleType, columns: list[Array], batch: list[Array], index: Array
-) -> tuple[Callable[..., None], list[Array]]:
-    """(program, part): program(index) fills part, the batch buffers, with those rows."""
-    part = [buffer[: len(index)] for buffer in batch]
-
-    def operators(index: Array) -> None:
-        for column, rows in zip(columns, part, strict=True):
-            backend.gather_rows(column, index, out=rows)
-
-    return backend.capture(operators, index), part
-
-
-def evaluate_loss(model: Sequential, X: Array, y: Array, loss: Loss) -> float:
+def evaluate_loss(model: Sequential, X: Array | Rows, y: Array | Rows, loss: Loss) -> float:
     """The mean loss over checked data, in prediction mode, in batches."""
-    backend, total, weight = model.backend, 0.0, 0.0
+    total, weight = 0.0, 0.0
     options = options_for_kernel(loss, model.out_features)
-    for start in range(0, len(X), PREDICT_ROWS):
-        part = slice(start, start + PREDICT_ROWS)
-        Y = model._predict(X[part], PREDICT_ROWS)
-        counted = _weight(y[part], loss)
-        total += counted * float(backend.loss(Y, y[part], loss.name, options)[0])
+    for Y, (_, target) in model.outputs([X, y], PREDICT_ROWS):
+        counted = _weight(target, loss)
+        total += counted * float(model.backend.loss(Y, target, loss.name, options)[0])
         weight += counted
     return total / weight if weight else 0.0
 
@@ -147,11 +123,13 @@ def _weight(y: Array, loss: Loss) -> float:
     return float(len(ids)) if class_weight is None else float(class_weight[ids].sum())
 
 
-def _checked(model: Sequential, loss: Loss, X: Any, y: Any, where: str) -> tuple[Array, Array]:
-    X = model.inputs(X, where)
+def _checked(
+    model: Sequential, loss: Loss, X: Any, y: Any, where: str
+) -> tuple[Array | Rows, Array | Rows]:
+    X = model.column(X, where)
     if len(X) == 0:
         raise DataError(f"{where}: X: expected at least one row, got shape {X.shape}")
-    return X, loss.targets(y, len(X), model.out_features, model.dtype)
+    return X, loss.column(y, len(X), model.out_features, model.dtype)
 
 
 def _pair(eval_set: Any) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import DataError, KindError, LabelError, OptionError, ShapeError
 from backprop_kernels.losses import LOSSES, TARGETS
+
+from backprop.batches import Rows, is_streamed
 
 # Options of one number per output, by the dimensions they may have.
 PER_OUTPUT = {"class_weight": (1,), "pos_weight": (0, 1)}
@@ -78,8 +81,15 @@ class Loss:
         self._in_range(y)
         return np.ascontiguousarray(y, dtype)
 
-    def _rows(self, y: Array, batch: int, expected: str) -> None:
-        if len(y) != batch:
+    def column(self, y: Any, rows: int, out_features: int, dtype: Any) -> Array | Rows:
+        """`targets` of all rows; of several streamed columns, as they will be read and checked."""
+        if not is_streamed(y) or math.prod(y.shape[1:]) == 1:
+            return self.targets(y, rows, out_features, dtype)
+        self._rows(y, rows, f"({rows}, {out_features})")
+        return Rows(y, lambda part: self.targets(part, len(part), out_features, dtype))
+
+    def _rows(self, y: Any, batch: int, expected: str) -> None:
+        if y.shape[0] != batch:
             raise ShapeError(
                 f"loss {self.name}: y: expected shape {expected}, one row per row of X, "
                 f"got {y.shape}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike
 from typing import Any
@@ -22,6 +22,7 @@ from backprop_kernels.errors import (
 
 from backprop import layers as layer_kinds
 from backprop.arena import Layout, aligned_zeros
+from backprop.batches import Rows, is_streamed, parts
 from backprop.dispatch import for_device
 from backprop.initializers import INITIALIZERS
 from backprop.layers import BatchNorm, Dropout, Layer, Linear, check_chain, mlp_layers
@@ -106,12 +107,7 @@ class Sequential:
     def inputs(self, X: Any, where: str, finite: bool = True) -> Array:
         """X as the kernels take it: (batch, in_features), C order; searched for NaN if `finite`."""
         X = as_numbers(where, "X", X)
-        if X.ndim != 2 or X.shape[1] != self.in_features:
-            hint = "; is X transposed?" if X.ndim == 2 and X.shape[0] == self.in_features else ""
-            raise ShapeError(
-                f"{where}: X: expected shape (batch, in_features={self.in_features}), "
-                f"got {X.shape}{hint}"
-            )
+        self._check_shape(X.shape, where)
         if finite:
             refuse_non_finite(where, "X", X)
         with np.errstate(over="ignore"):
@@ -120,11 +116,27 @@ class Sequential:
             refuse_non_finite(where, f"X as {self.dtype}", converted)
         return converted
 
+    def _check_shape(self, shape: tuple[int, ...], where: str) -> None:
+        if len(shape) != 2 or shape[1] != self.in_features:
+            hint = "; is X transposed?" if len(shape) == 2 and shape[0] == self.in_features else ""
+            raise ShapeError(
+                f"{where}: X: expected shape (batch, in_features={self.in_features}), "
+                f"got {shape}{hint}"
+            )
+
+    def column(self, X: Any, where: str) -> Array | Rows:
+        """`inputs` of an array; of what is streamed, the rows as they will be read and checked."""
+        if not is_streamed(X):
+            return self.inputs(X, where)
+        self._check_shape(X.shape, where)
+        return Rows(X, lambda part: self.inputs(part, where))
+
     def predict(self, X: Any, batch_size: int | None = None) -> Array:
         """The network's output (batch, out_features) for X (batch, in_features).
 
         No dropout, running statistics, the last layer's activation applied. For classifiers
         these are logits; see `predict_proba`. A model with an encoder also takes a `Table`.
+        A memory map or a dataset (HDF5, Zarr) is read as it goes.
         """
         if self.encoder is not None:
             from backprop.table import Table
@@ -133,22 +145,30 @@ class Sequential:
                 X = self.encoder.transform(X)
         if batch_size is not None:
             checks.integer("predict", "batch_size", batch_size, 1)
-        return self._predict(self.inputs(X, "predict"), batch_size or PREDICT_ROWS)
+        X = self.column(X, "predict")
+        Y, start = np.empty((len(X), self.out_features), self.dtype), 0
+        for out, _ in self.outputs([X], batch_size or PREDICT_ROWS):
+            Y[start : start + len(out)] = out
+            start += len(out)
+        return Y
 
-    def _predict(self, X: Array, rows: int) -> Array:
-        Y = np.empty((len(X), self.out_features), self.dtype)
-        rows = min(rows, max(len(X), 1))
+    def outputs(
+        self, columns: Sequence[Array | Rows], rows: int = PREDICT_ROWS
+    ) -> Iterator[tuple[Array, list[Array]]]:
+        """(Y, part): the outputs for the first of `columns`, up to `rows` rows at a time.
+
+        `part` is these rows of all columns. Y is good until the next.
+        """
+        rows = min(rows, max(len(columns[0]), 1))
         workspace = Workspace(rows, self.dtype)
         plans: dict[int, Plan] = {}
-        for start in range(0, len(X), rows):
-            part = X[start : start + rows]
-            if len(part) not in plans:
-                plans[len(part)] = Plan(
-                    self.layers, self.parameters, self.statistics, self.backend, workspace,
-                    len(part),
-                )  # fmt: skip
-            Y[start : start + rows] = plans[len(part)].forward(part)
-        return Y
+        for part in parts(columns, rows):
+            batch = len(part[0])
+            if batch not in plans:
+                plans[batch] = Plan(
+                    self.layers, self.parameters, self.statistics, self.backend, workspace, batch
+                )
+            yield plans[batch].forward(part[0]), part
 
     def predict_proba(self, X: Any, batch_size: int | None = None) -> Array:
         """Class probabilities of a classifier that was trained on logits.

@@ -54,11 +54,10 @@ def test_fit_is_a_loop_over_steps(device: str) -> None:
             model, X, y, optimizer="Adam", epochs=3, batch_size=10, shuffle=shuffle, seed=5
         )
         step = bp.TrainStep(twin, "mse", "Adam", batch_size=10, seed=5)
-        order, draw = np.arange(32), np.random.default_rng(5)
         expected = []
-        for _ in range(3):
-            if shuffle:
-                draw.shuffle(order)
+        for epoch in range(3):
+            draw = np.random.default_rng((5, epoch))  # an order of its own, whatever came before
+            order = draw.permutation(32) if shuffle else np.arange(32)
             total = 0.0
             for start in (0, 10, 20, 30):
                 chosen = order[start : start + 10]

@@ -1,0 +1,217 @@
+"""Where batches come from: arrays in memory, or files that are read while training runs.
+
+A memory map, an HDF5 or Zarr dataset, anything else with `shape` and slicing, is *streamed*: a
+thread reads and checks the next rows while the engine works on these. Memory then holds a few
+windows of rows, whatever the size of the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+from backprop_kernels.arrays import Array
+from backprop_kernels.errors import BackpropError, ShapeError
+
+from backprop.arena import aligned_zeros
+
+BLOCK_BYTES = 2**21  # rows read together: long enough for a disk's full speed
+WINDOW_BLOCKS = 16  # blocks whose rows are shuffled together; three windows are held in memory
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def is_streamed(source: Any) -> bool:
+    """Whether `source` is read a slice at a time: a memory map, or a dataset that is no array."""
+    if isinstance(source, np.ndarray):
+        return isinstance(source, np.memmap)
+    # Scalars, tensors, data frames, buffers.
+    in_memory = ("__array_interface__", "__dlpack__", "to_numpy", "tobytes")
+    sliced = hasattr(source, "shape") and hasattr(source, "__getitem__")
+    return sliced and not any(hasattr(source, name) for name in in_memory)
+
+
+class Rows:
+    """A matrix outside memory: `read` gives rows of it as the kernels take them.
+
+    `checked` is what turns a slice of `source` into such rows, or refuses it.
+    """
+
+    def __init__(self, source: Any, checked: Callable[[Any], Array]) -> None:
+        self.source = source
+        self.checked = checked
+        sample = checked(source[:1])  # wrong columns, a wrong kind: found before anything is read
+        self.shape: tuple[int, ...] = (int(source.shape[0]), *sample.shape[1:])
+        self.dtype = sample.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, start: int, stop: int) -> Array:
+        """Rows `start` … `stop` − 1, in place where they lie right, else copied."""
+        try:
+            rows = self.checked(self.source[start:stop])
+        except BackpropError as problem:
+            raise type(problem)(f"{problem} (rows are counted from row {start})") from None
+        if len(rows) != stop - start:
+            raise ShapeError(
+                f"batches: source[{start}:{stop}]: expected {stop - start} rows, got {len(rows)}"
+            )
+        return rows
+
+
+def parts(columns: Sequence[Array | Rows], rows: int) -> Iterator[list[Array]]:
+    """`columns` in order, up to `rows` rows at a time; streamed ones are read one part ahead."""
+    total = len(columns[0])
+
+    def read(start: int) -> list[Array]:
+        return [_read(column, start, min(start + rows, total)) for column in columns]
+
+    streamed = any(isinstance(column, Rows) for column in columns)
+    return (_ahead if streamed else map)(read, range(0, total, rows))
+
+
+def _read(column: Array | Rows, start: int, stop: int) -> Array:
+    return column.read(start, stop) if isinstance(column, Rows) else column[start:stop]
+
+
+def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work(item)` of each item, the next one done by a thread while the caller uses this one."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    pending: Future[Result] | None = None
+    with ThreadPoolExecutor(1, "backprop-reader") as reader:
+        for item in items:
+            following = reader.submit(work, item)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+class Batches:
+    """The batches of every epoch, in an order that depends on `seed` and the epoch alone.
+
+    `columns` are X, target and (where given) weights, all checked: arrays, or `Rows`.
+    """
+
+    def __init__(
+        self,
+        backend: ModuleType,
+        columns: Sequence[Array | Rows],
+        batch_size: int,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.backend = backend
+        self.columns = columns
+        self.rows = len(columns[0])
+        self.size = min(batch_size, self.rows)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.full = self._buffers(self.size)  # arrays like those of a full batch
+        self._gathers: dict[int, tuple[Callable[..., None], list[Array]]] = {}
+        streamed = [column for column in columns if isinstance(column, Rows)]
+        self._stream = _Stream(self, streamed) if streamed else None
+
+    def epoch(self, epoch: int) -> Iterator[list[Array]]:
+        """The batches of epoch `epoch` (from 0); each is good until the next. The last is short."""
+        if self._stream is not None:
+            for window in self._stream.windows(self._rng(epoch)):
+                yield from parts(window, self.size)
+        elif self.shuffle:
+            order = self._rng(epoch).permutation(self.rows)
+            for start in range(0, self.rows, self.size):
+                yield self._gathered(order[start : start + self.size])
+        else:
+            yield from parts(self.columns, self.size)
+
+    def _rng(self, epoch: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, epoch))
+
+    def _buffers(self, rows: int) -> list[Array]:
+        return [aligned_zeros((rows, *c.shape[1:]), c.dtype) for c in self.columns]
+
+    def _gathered(self, index: Array) -> list[Array]:
+        """The rows `index` of arrays in memory, in buffers that every batch shares."""
+        if len(index) not in self._gathers:
+            batch = [buffer[: len(index)] for buffer in self.full]
+
+            def operators(index: Array) -> None:
+                for column, rows in zip(self.columns, batch, strict=True):
+                    self.backend.gather_rows(column, index, out=rows)
+
+            self._gathers[len(index)] = self.backend.capture(operators, index), batch
+        gather, batch = self._gathers[len(index)]
+        gather(index)
+        return batch
+
+
+class _Stream:
+    """Windows of rows, read and shuffled by a thread while the batches of the last one are used.
+
+    A window is blocks from anywhere in the file, its rows shuffled together. What fits in a single
+    window is thus shuffled like an array.
+    """
+
+    def __init__(self, batches: Batches, streamed: Sequence[Rows]) -> None:
+        self.batches = batches
+        row_bytes = sum(c.dtype.itemsize * math.prod(c.shape[1:]) for c in streamed)
+        self.block = max(1, BLOCK_BYTES // max(row_bytes, 1))
+        chunks = getattr(streamed[0].source, "chunks", None)  # HDF5's and Zarr's: read them whole
+        if isinstance(chunks, tuple) and isinstance(chunks[0], int):
+            self.block = -(-self.block // chunks[0]) * chunks[0]
+        self._raw: list[Array] = []
+        self._windows: list[list[Array]] = []
+
+    def order(self, rng: np.random.Generator) -> Iterator[tuple[list[tuple[int, int]], Array]]:
+        """(blocks, order) of each window: (start, stop) of what is read, then how rows are put."""
+        rows, shuffle = self.batches.rows, self.batches.shuffle
+        starts = np.arange(0, rows, self.block)
+        if shuffle and len(starts) > WINDOW_BLOCKS:
+            rng.shuffle(starts)
+        for first in range(0, len(starts), WINDOW_BLOCKS):
+            blocks = [
+                (int(start), min(int(start) + self.block, rows))
+                for start in starts[first : first + WINDOW_BLOCKS]
+            ]
+            count = sum(stop - start for start, stop in blocks)
+            yield blocks, rng.permutation(count) if shuffle else np.arange(count)
+
+    def windows(self, rng: np.random.Generator) -> Iterator[list[Array]]:
+        """The columns, a window at a time. All but the last hold whole batches only."""
+        batches = self.batches
+        if not self._windows:
+            capacity = min(self.block * WINDOW_BLOCKS, batches.rows)
+            self._raw = batches._buffers(capacity)
+            self._windows = [batches._buffers(capacity + batches.size) for _ in range(2)]
+        kept: list[Array] = [column[:0] for column in self._raw]
+        done = 0
+
+        def fill(window: tuple[list[tuple[int, int]], Array]) -> list[Array]:
+            """Read the rows behind those `kept`, too few for a batch, of the window before."""
+            nonlocal kept, done
+            blocks, order = window
+            self._windows.reverse()
+            head, end = len(kept[0]), len(kept[0]) + len(order)
+            filled = []
+            for column, raw, buffer, rest in zip(
+                batches.columns, self._raw, self._windows[0], kept, strict=True
+            ):
+                buffer[:head] = rest
+                at = 0
+                for start, stop in blocks:
+                    raw[at : at + stop - start] = _read(column, start, stop)
+                    at += stop - start
+                np.take(raw[:at], order, axis=0, out=buffer[head:end], mode="clip")
+                filled.append(buffer[:end])
+            done += len(order)
+            whole = end if done == batches.rows else end // batches.size * batches.size
+            kept = [column[whole:] for column in filled]
+            return [column[:whole] for column in filled]
+
+        return _ahead(fill, self.order(rng))

@@ -1,0 +1,246 @@
+"""Streamed data: the bits of the same data in memory, in a bounded amount of memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from backprop_kernels.arrays import Array
+
+import backprop as bp
+from backprop import batches
+from backprop.batches import Batches, Rows, is_streamed
+
+rng = np.random.default_rng(0)
+X = rng.standard_normal((1003, 6)).astype(np.float32)
+y = rng.standard_normal(1003).astype(np.float32)
+ids = rng.integers(0, 4, 1003)
+
+
+class Dataset:
+    """What HDF5 and Zarr have in common: shape, slices of rows, chunks; and a log of the reads."""
+
+    def __init__(self, array: Array, chunks: tuple[int, ...] | None = None) -> None:
+        self.array, self.shape, self.chunks = array, array.shape, chunks
+        self.reads: list[tuple[int, int]] = []
+
+    def __getitem__(self, rows: slice) -> Array:
+        assert isinstance(rows, slice) and rows.step is None
+        self.reads.append((rows.start or 0, min(rows.stop, len(self.array))))
+        return self.array[rows].copy()
+
+
+def mapped(folder: Path, array: Array, order: Any = "C") -> np.memmap:
+    file = np.memmap(folder / "rows", array.dtype, "w+", shape=array.shape, order=order)
+    file[...] = array
+    return file
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 10 rows of X, windows of 40: many windows, a short block, batches across both."""
+    monkeypatch.setattr(batches, "BLOCK_BYTES", 10 * X.strides[0])
+    monkeypatch.setattr(batches, "WINDOW_BLOCKS", 4)
+
+
+def test_what_is_streamed(tmp_path: Path) -> None:
+    assert is_streamed(mapped(tmp_path, X)) and is_streamed(Dataset(X))
+    for in_memory in (X, X.tolist(), np.float32(3), 3.0, memoryview(X), "text"):
+        assert not is_streamed(in_memory)
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    assert not is_streamed(pandas.DataFrame(X))
+
+
+def epoch_of(model: bp.Sequential, data: Any, **options: Any) -> tuple[list[float], bytes]:
+    history = bp.fit(model, *data, epochs=3, progress=False, **options)
+    return history["loss"], model.parameters.tobytes()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 10, 64, 1003, 5000])
+@pytest.mark.usefixtures("small_windows")
+def test_unshuffled_fit_has_the_bits_of_memory(device: str, batch_size: int) -> None:
+    """Batches smaller than a block, larger than a window, larger than the data."""
+    common: dict[str, Any] = {"batch_size": batch_size, "shuffle": False}
+    rows = 203 if batch_size == 1 else 1003
+    expected = epoch_of(bp.MLP([6, 5, 1], device=device), (X[:rows], y[:rows]), **common)
+    streamed = (Dataset(X[:rows]), y[:rows])
+    assert epoch_of(bp.MLP([6, 5, 1], device=device), streamed, **common) == expected
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_shuffled_fit_has_the_bits_of_memory_in_its_order(device: str) -> None:
+    weight = rng.random(1003).astype(np.float32)
+    model, twin = bp.MLP([6, 5, 4], device=device), bp.MLP([6, 5, 4], device=device)
+    streamed = epoch_of(
+        model, (Dataset(X), ids), loss="cross_entropy", batch_size=32, sample_weight=weight, seed=3
+    )
+    step, losses = bp.TrainStep(twin, "cross_entropy", "Adam", 32, seed=3), []
+    source = Batches(twin.backend, [Rows(Dataset(X), np.asarray), np.arange(1003)], 32, seed=3)
+    for epoch in range(3):
+        total = 0.0
+        for _, rows in source.epoch(epoch):
+            total += len(rows) * step(X[rows], ids[rows], weight[rows])
+        losses.append(total / 1003)
+    assert streamed == (losses, twin.parameters.tobytes())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32, 50, 1003])
+@pytest.mark.usefixtures("small_windows")
+def test_every_epoch_is_every_row_once_in_an_order_of_its_own(batch_size: int) -> None:
+    backend = bp.MLP([6, 1], device="reference").backend
+    orders = []
+    for data in (Dataset(X), Dataset(X, chunks=(16, 6))):
+        source = Batches(backend, [Rows(data, np.asarray), np.arange(1003)], batch_size, seed=1)
+        for epoch in range(2):
+            sizes, order = [], []
+            for part, rows in source.epoch(epoch):
+                assert np.array_equal(part, X[rows])
+                sizes.append(len(rows))
+                order += rows.tolist()
+            assert sizes == [batch_size] * (1003 // batch_size) + [1003 % batch_size] * (
+                1003 % batch_size > 0
+            )
+            assert sorted(order) == list(range(1003))
+            orders.append(order)
+            # Rows come from all over the file, not from near where they lie.
+            if batch_size < 1003:
+                assert np.corrcoef(order, np.arange(1003))[0, 1] ** 2 < 0.05
+        again = [int(row) for _, rows in source.epoch(1) for row in rows]
+        assert again == orders[-1]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_chunks_are_read_whole() -> None:
+    data = Dataset(X, chunks=(16, 6))
+    backend = bp.MLP([6, 1], device="reference").backend
+    for _ in Batches(backend, [Rows(data, np.asarray)], 32).epoch(0):
+        pass
+    assert all(
+        start % 16 == 0 and (stop % 16 == 0 or stop == 1003) for start, stop in data.reads[1:]
+    )
+
+
+def test_what_fits_in_a_window_is_shuffled_like_an_array(device: str, tmp_path: Path) -> None:
+    expected = epoch_of(bp.MLP([6, 5, 1], device=device), (X, y), batch_size=32)
+    streamed = (mapped(tmp_path, X), y)
+    assert epoch_of(bp.MLP([6, 5, 1], device=device), streamed, batch_size=32) == expected
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", ["float32", "float64", "int16"])
+def test_predict_and_validation_loss_have_the_bits_of_memory(
+    device: str, tmp_path: Path, kind: str, order: str
+) -> None:
+    data = (X * 100).astype(kind)
+    model = bp.MLP([6, 5, 4], norm="batch", device=device)
+    file = mapped(tmp_path, data, order)
+    for source in (file, file[:], Dataset(data)):
+        for rows in (None, 100, 1):
+            few = slice(0, 1003 if rows != 1 else 20)
+            assert np.array_equal(model.predict(source[few], rows), model.predict(data[few], rows))
+        assert np.array_equal(model.predict_proba(source), model.predict_proba(data))
+
+    def val_loss(*eval_set: Any) -> list[float]:
+        model = bp.MLP([6, 5, 4], device=device)
+        options: dict[str, Any] = {"loss": "cross_entropy", "progress": False}
+        return bp.fit(model, X[:50], ids[:50], eval_set=eval_set, **options)["val_loss"]
+
+    assert val_loss(file, ids) == val_loss(data, ids)
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_targets_of_several_columns_are_streamed_as_well(device: str) -> None:
+    common: dict[str, Any] = {"batch_size": 32, "shuffle": False}
+    expected = epoch_of(bp.MLP([6, 5, 6], device=device), (X, X), eval_set=(X, X), **common)
+    for data in (Dataset(X), Dataset(X)), (X, Dataset(X)):
+        model = bp.MLP([6, 5, 6], device=device)
+        assert epoch_of(model, data, eval_set=data, **common) == expected
+        assert max(stop - start for start, stop in data[1].reads) <= 8192
+
+
+def test_small_data() -> None:
+    model = bp.MLP([6, 1])
+    assert model.predict(Dataset(X[:0])).shape == (0, 1)
+    with pytest.raises(bp.DataError, match="expected at least one row"):
+        bp.fit(model, Dataset(X[:0]), y[:0])
+    assert bp.fit(model, Dataset(X[:1]), y[:1], progress=False).epochs == 1
+
+
+def test_bad_data_is_named_and_changes_nothing_of_the_step() -> None:
+    model = bp.MLP([6, 1])
+    before = model.parameters.copy()
+    with pytest.raises(bp.ShapeError) as wrong:
+        bp.fit(model, Dataset(X[:, :5]), y)
+    assert str(wrong.value) == "fit: X: expected shape (batch, in_features=6), got (1003, 5)"
+    with pytest.raises(bp.ShapeError, match="one row per row of X"):
+        bp.fit(model, Dataset(X), y[:-1])
+    with pytest.raises(bp.ShapeError, match="one row per row of X"):
+        bp.fit(bp.MLP([6, 6]), Dataset(X), Dataset(X[:-1]))
+    with pytest.raises(bp.KindError, match="encode text columns first"):
+        bp.fit(model, Dataset(X.astype(str)), y)
+    holed = X.copy()
+    holed[900, 2] = np.nan
+    with pytest.raises(bp.DataError, match=r"NaN at row 900, column 2 \(1 of 6,018\)"):
+        bp.fit(model, Dataset(holed), y, progress=False)
+    with pytest.raises(bp.DataError, match=r"NaN at row 100, .* \(rows are counted from row 800\)"):
+        model.predict(Dataset(holed), 200)
+    assert np.array_equal(model.parameters, before)
+
+
+def test_a_source_that_fails_or_gives_too_few_rows() -> None:
+    class Broken(Dataset):
+        def __getitem__(self, rows: slice) -> Array:
+            if rows.start and rows.start > 500:
+                raise OSError("the disk is gone")
+            return super().__getitem__(rows)
+
+    class Short(Dataset):
+        def __getitem__(self, rows: slice) -> Array:
+            return super().__getitem__(rows)[:7]
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        bp.MLP([6, 1]).predict(Broken(X), 100)
+    with pytest.raises(bp.ShapeError, match=r"source\[0:100\]: expected 100 rows, got 7"):
+        bp.MLP([6, 1]).predict(Short(X), 100)
+
+
+LARGE = """
+import sys
+import numpy as np
+import backprop as bp
+
+class Made:  # rows that nobody stores: what memory holds of them is ours
+    shape = (int(sys.argv[1]), 256)
+    rows = np.random.default_rng(0).standard_normal((4096, 256)).astype(np.float32)
+    def __getitem__(self, rows):
+        count = min(rows.stop, self.shape[0]) - (rows.start or 0)
+        return np.resize(self.rows[:count], (count, 256))
+
+def peak():  # of this program: a child's ru_maxrss starts from its parent's
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+
+X, y = Made(), np.zeros(Made.shape[0], np.float32)
+model = bp.MLP([256, 8, 1])
+bp.fit(model, X, y, eval_set=(X, y), batch_size=1024, progress=False)
+model.predict(X)
+print(peak() * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded() -> None:
+    """400 MB of rows cost no more than 100 MB of them but for y and the outputs."""
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    few, many = (
+        int(subprocess.run(
+            [sys.executable, "-c", LARGE, str(rows)], check=True, capture_output=True, env=paths
+        ).stdout)
+        for rows in (100_000, 400_000)
+    )  # fmt: skip
+    assert many - few < 20e6, (few, many)
