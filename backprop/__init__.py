@@ -31,6 +31,7 @@ from backprop.fit import fit
 from backprop.gradcheck import GradientError, GradientReport, gradcheck
 from backprop.history import History
 from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear
+from backprop.logs import CSVLog, JSONLog, TensorBoard
 from backprop.losses import Loss
 from backprop.model import MLP, Sequential, load
 from backprop.optimizers import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
@@ -46,6 +47,7 @@ __all__ = [
     "AdamW",
     "BackpropError",
     "BatchNorm",
+    "CSVLog",
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointMismatchError",
@@ -56,6 +58,7 @@ __all__ = [
     "GradientError",
     "GradientReport",
     "History",
+    "JSONLog",
     "KindError",
     "LabelError",
     "LayerNorm",
@@ -69,6 +72,7 @@ __all__ = [
     "RMSprop",
     "Sequential",
     "ShapeError",
+    "TensorBoard",
     "TrainStep",
     "fit",
     "from_onnx",

@@ -82,7 +82,8 @@ def train(
     started = time.perf_counter()
     history = fit(
         model, data.X_train, data.y_train, "bce_with_logits", optimizer, options.epochs,
-        options.batch_size, eval_set=(data.X_valid, data.y_valid), seed=options.seed,
+        options.batch_size, eval_set=(data.X_valid, data.y_valid), progress="lines",
+        seed=options.seed,
         callbacks=[cosine_decay(optimizer, options.epochs)],
     )  # fmt: skip
     seconds = time.perf_counter() - started

@@ -35,7 +35,7 @@ def fit(
     shuffle: bool = True,
     clip_norm: float | None = None,
     callbacks: Iterable[Callback] = (),
-    progress: bool = True,
+    progress: bool | str = True,
     seed: int = 0,
 ) -> History:
     """Train `model` in place on X (rows, in_features) and y, and return what happened.
@@ -48,7 +48,8 @@ def fit(
         shuffle: a new order every epoch, drawn from `seed`.
         clip_norm: scale longer gradients down to this L2 norm.
         callbacks: called after each epoch; one that returns True ends the training.
-        progress: print a line with rate, losses and time left.
+        progress: a line with rate, losses and time left, where someone watches; "lines": one line
+            an epoch, also where output goes to a file; False: nothing.
         seed: of order and dropout. The same seed gives the same bits.
 
     All data is checked before the first step; an error leaves the model unchanged. When a step

@@ -1,4 +1,4 @@
-"""The progress line of a fit: redrawn in a terminal, one line an epoch elsewhere."""
+"""The progress line of a fit: redrawn where someone watches, absent elsewhere."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import sys
 import time
 from typing import TextIO
 
+from backprop_kernels.errors import OptionError
+
 REDRAW = 0.1  # seconds between redraws: fast enough to read, slow enough to cost nothing
 
 
 class Progress:
-    """Prints epoch, share, rate, losses and the time left to `stream` (stderr)."""
+    """Prints epoch, share, rate, losses and the time left to `stream` (stderr).
 
-    def __init__(self, epochs: int, rows: int, enabled: bool, stream: TextIO | None = None) -> None:
+    `shown` is True (one line, redrawn, in a terminal or a notebook; nothing where output goes to a
+    file or a log), "lines" (there one line an epoch), or False.
+    """
+
+    def __init__(
+        self, epochs: int, rows: int, shown: bool | str, stream: TextIO | None = None
+    ) -> None:
+        if shown not in (True, False, "lines"):
+            raise OptionError(f'fit: progress: expected True, False or "lines", got {shown!r}')
         self.epochs, self.rows = epochs, rows
         self.stream = sys.stderr if stream is None else stream
-        self.enabled = enabled
-        self.live = enabled and self.stream.isatty()
+        self.notebook = type(self.stream).__module__.startswith("ipykernel")
+        self.live = bool(shown) and (self.notebook or self.stream.isatty())
+        self.enabled = self.live or shown == "lines"
         self.started = self.drawn = time.monotonic()
 
     def update(self, epoch: int, done: int, loss: float, val_loss: float | None) -> None:
@@ -24,16 +35,16 @@ class Progress:
         now = time.monotonic()
         if self.live and now - self.drawn >= REDRAW:
             self.drawn = now
-            self._draw(epoch, done, loss, val_loss, "\r", "")
+            self._draw(epoch, done, loss, val_loss, "")
 
     def end_epoch(self, epoch: int, loss: float, val_loss: float | None) -> None:
         """After the validation of epoch `epoch`."""
         if self.enabled:
-            self._draw(epoch, self.rows, loss, val_loss, "\r" if self.live else "", "\n")
+            # A terminal scrolls; a notebook would keep every line in its file.
+            again = self.notebook and epoch + 1 < self.epochs
+            self._draw(epoch, self.rows, loss, val_loss, "" if again else "\n")
 
-    def _draw(
-        self, epoch: int, done: int, loss: float, val_loss: float | None, start: str, end: str
-    ) -> None:
+    def _draw(self, epoch: int, done: int, loss: float, val_loss: float | None, end: str) -> None:
         seconds = max(time.monotonic() - self.started, 1e-9)
         total = epoch * self.rows + done
         left = (self.epochs * self.rows - total) * seconds / max(total, 1)
@@ -42,7 +53,7 @@ class Progress:
             f"epoch {epoch + 1}/{self.epochs} {100 * done // max(self.rows, 1):3d}%  "
             f"{total / seconds:,.0f} rows/s  loss {loss:.4f}{validation}  ETA {_clock(left)}"
         )
-        self.stream.write(f"{start}{text:<78}{end}" if self.live else f"{text}{end}")
+        self.stream.write(f"\r{text:<78}{end}" if self.live else f"{text}{end}")
         self.stream.flush()
 
 

@@ -17,7 +17,7 @@ from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
 
 from backprop import __version__
-from backprop.cli import doctor, export, gradcheck, tables
+from backprop.cli import doctor, export, gradcheck, plot, tables
 from backprop.model import DTYPES
 from backprop.table import MAX_REFUSED
 from backprop.table.encoding import TASKS
@@ -98,6 +98,15 @@ def parser() -> argparse.ArgumentParser:
     _add_model_and_data(evaluate)
     evaluate.add_argument("--target", metavar="COL", help="default: the name it was trained with")
     evaluate.set_defaults(run=tables.evaluate)
+
+    picture = commands.add_parser("plot", help="draw the learning curves of one run or several")
+    picture.add_argument(
+        "runs", nargs="+", metavar="RUN",
+        help="a model of `backprop fit`, its history (.json), a log (.csv, .jsonl), or a folder "
+        "with history.json",
+    )  # fmt: skip
+    picture.add_argument("-o", "--output", metavar="FILE", help="default: the first RUN with .png")
+    picture.set_defaults(run=plot.run)
 
     out = commands.add_parser(
         "export",

@@ -64,7 +64,7 @@ def fit(options: Namespace) -> None:
     held_out = None if valid is None else (encoder.transform(valid), encoder.encode_target(valid))
     history = train_model(
         model, encoder.transform(train), encoder.encode_target(train), loss, optimizer,
-        options.epochs, batch_size, eval_set=held_out, progress=not options.quiet,
+        options.epochs, batch_size, eval_set=held_out, progress=False if options.quiet else "lines",
         seed=options.seed,
     )  # fmt: skip
     model.save(output)

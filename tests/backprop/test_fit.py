@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import io
-import json
-import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import backprop as bp
-from backprop.progress import Progress
 
 LOOP = sys.modules["backprop.fit"]  # the module: `backprop.fit` is the function
 rng = np.random.default_rng(0)
@@ -199,51 +194,3 @@ def test_diverging_fit_keeps_the_last_finite_step(device: str) -> None:
     ):
         fit(model, X, y, optimizer=bp.SGD(lr=1e30), epochs=50, batch_size=8)
     assert np.isfinite(model.parameters).all()
-
-
-def test_history_file_round_trip(tmp_path: Path) -> None:
-    history = bp.History()
-    history.append(loss=0.1, lr=1e-3)
-    history.append(loss=1 / 3, lr=1e-3)
-    history.save(tmp_path / "h.json")
-    assert json.loads((tmp_path / "h.json").read_text()) == {
-        "loss": [0.1, 1 / 3], "lr": [1e-3, 1e-3],
-    }  # fmt: skip
-    assert bp.History.read(tmp_path / "h.json") == history
-
-
-def test_history_plots_to_a_picture(tmp_path: Path) -> None:
-    history = bp.History(loss=[3.0, 2.0, 1.0], val_loss=[3.0, 2.5, 2.0])
-    history.plot(tmp_path / "h.png", title="loss")
-    assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    history.plot(tmp_path / "h.svg")
-    assert "<svg" in (tmp_path / "h.svg").read_text()
-
-
-LINE = r"epoch (\d)/2 100%  [\d,]+ rows/s  loss \d+\.\d{4}(  val_loss \d+\.\d{4})?  ETA \d+:\d\d\n"
-
-
-def test_progress_is_one_line_an_epoch_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    bp.fit(small("reference"), X, y, epochs=2, eval_set=(X, y))
-    out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch(LINE * 2, err)
-    fit(small("reference"), X, y, epochs=2)
-    assert capsys.readouterr() == ("", "")
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_is_redrawn_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("backprop.progress.time.monotonic", lambda: float(next(clock)))
-    stream = Terminal()
-    progress = Progress(2, 100, True, stream)
-    progress.update(0, 50, 0.25, None)
-    progress.end_epoch(0, 0.2, 0.3)
-    assert stream.getvalue() == (
-        f"\r{'epoch 1/2  50%  2 rows/s  loss 0.2500  ETA 1:00':<78}"
-        f"\r{'epoch 1/2 100%  3 rows/s  loss 0.2000  val_loss 0.3000  ETA 0:30':<78}\n"
-    )
