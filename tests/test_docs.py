@@ -138,7 +138,7 @@ def test_architecture_names_every_module() -> None:
 
 def test_every_page_is_in_the_index() -> None:
     text = (DOCS / "index.md").read_text(encoding="utf-8")
-    for page in DOCS.glob("*.md"):
+    for page in (*DOCS.glob("*.md"), *DOCS.glob("*.ipynb")):
         assert page.name == "index.md" or f"]({page.name})" in text, page.name
 
 
