@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,8 @@ class TrainStep:
         seed: of dropout.
 
     Raises NonFiniteError when loss or gradient is not finite (DataError where X is the cause); the
-    parameters, moments and running statistics are then those of the step before.
+    parameters, moments and running statistics are then those of the step before. An exception from
+    a signal (Ctrl-C) stops a long step within a second; `steps` says whether it was applied.
     """
 
     def __init__(
@@ -128,11 +129,19 @@ class TrainStep:
             before[...] = statistic
         self._scalars[1:] = self.optimizer.scalars(self.steps + 1)
         self.gradients.stream[1] = self.steps
-        program(*arrays)
-        value = float(self.gradients.value)
-        if not (isfinite(self.norm) and isfinite(value)):
-            for statistic, before in self._statistics:
-                statistic[...] = before
+        self.norm[...] = nan  # until the optimizer has run
+        try:
+            program(*arrays)
+            value = float(self.gradients.value)
+            applied = isfinite(self.norm) and isfinite(value)
+        except BaseException:  # Ctrl-C: the optimizer, once begun, has run to its end
+            if isfinite(self.norm) and isfinite(self.gradients.value):
+                self.steps += 1
+            else:
+                self._restore_statistics()
+            raise
+        if not applied:
+            self._restore_statistics()
             refuse_non_finite("TrainStep", "X", arrays[0])
             raise NonFiniteError(
                 f"TrainStep: step {self.steps + 1}: expected a finite loss and gradient, got loss "
@@ -141,6 +150,10 @@ class TrainStep:
             )
         self.steps += 1
         return value
+
+    def _restore_statistics(self) -> None:
+        for statistic, before in self._statistics:
+            statistic[...] = before
 
     def prepare(self, *arrays: Array) -> Callable[..., None]:
         """The captured program for arrays like these; compiles what it needs, trains nothing."""

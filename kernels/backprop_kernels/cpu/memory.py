@@ -155,10 +155,11 @@ def take(args, slot, count, thread, threads, taken):
 
     Pieces are taken in turn, not dealt out: a core that another process slows takes fewer. Two
     threads start from the two ends, so that from kernel to kernel each finds in its own cache the
-    rows it wrote. Results do not depend on who did what. The runner sets the counters back.
+    rows it wrote. Results do not depend on who did what. The runner sets the counters back; a
+    program that is stopped sets them past every count.
     """
     if threads == 1:
-        return taken if taken < count else -1
+        return taken if taken < count and atomic_load(args, slot) == 0 else -1
     turn = atomic_add(args, slot, 1)
     if turn >= count:
         return -1

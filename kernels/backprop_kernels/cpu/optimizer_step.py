@@ -57,7 +57,7 @@ def optimizer_step(
         )
     )  # fmt: skip
     kernel = address(_kernel, 4, str(P.dtype), rule, scalars.shape[-1] - 1, int(spans is not None))
-    submit(kernel, arguments, FLOPS * size)
+    submit(kernel, arguments, FLOPS * size, whole=True)
     return norm
 
 

@@ -3,6 +3,11 @@
 A kernel is `kernel(args, sync, thread, threads)`: every thread enters it, takes work in turn and
 leaves; the runner puts a barrier after it. Called alone an operator is a program of one kernel;
 `capture` collects a whole training step.
+
+Python answers signals only between calls into compiled code. A long program therefore runs on
+another thread, and a signal that raises (Ctrl-C) stops it: work not yet taken is left, kernels not
+yet begun are skipped. What it wrote by then is undefined, except that a kernel submitted as `whole`
+either runs to its end or not at all.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +27,8 @@ from backprop_kernels.errors import KindError
 
 # A second thread costs ~2 us to join in; below this much work it does not pay.
 FLOPS_PER_THREAD = 1_500_000
+LONG = 5e9  # flops: 20 ms of a fast CPU, a second of a very slow one
+COUNT, STOP, ENTRIES = 0, 1, 2  # of a program's table: kernels to run, whether to stop, the kernels
 _recording = threading.local()
 
 
@@ -50,15 +58,18 @@ class Program:
         # Views of our own, so that one array given twice still counts as two inputs.
         self.inputs = [array.view() for array in inputs]
         self._entries: list[tuple[int, Arguments]] = []
+        self._stoppable: list[Arguments] = []
         self._flops = 0
 
-    def append(self, entry: int, arguments: Arguments, flops: int) -> None:
+    def append(self, entry: int, arguments: Arguments, flops: int, whole: bool = False) -> None:
         self._entries.append((entry, arguments))
         self._flops += flops
+        if not whole:
+            self._stoppable.append(arguments)
 
     def seal(self) -> Program:
         """Fix the list; returns the program."""
-        words = [len(self._entries)]
+        words = [len(self._entries), 0]
         for entry, arguments in self._entries:
             words += [entry, word(arguments)]
         self._table = np.array(words, np.int64)
@@ -92,17 +103,37 @@ class Program:
                 self._bound[i] = where
                 for words, place in self._places[i]:
                     words[place] = where
-        threads.run(*self._call)
+        if self._flops < LONG or threading.current_thread() is not threading.main_thread():
+            threads.run(*self._call)
+            return
+        try:
+            threads.run_aside(partial(threads.run, *self._call), self._stop)
+        except BaseException:
+            self._table[COUNT], self._table[STOP] = len(self._entries), 0
+            self._set_tickets(0)
+            raise
+
+    def _stop(self) -> None:
+        """Let no thread begin another kernel, nor take another piece of the one it is in."""
+        self._table[STOP] = 1
+        self._set_tickets(threads.NO_MORE)
+
+    def _set_tickets(self, value: int) -> None:
+        for arguments in self._stoppable:
+            arguments.words[:2] = value
 
 
-def submit(entry: int, arguments: Arguments, flops: int) -> None:
-    """Run a kernel now, or add it to the program that this thread is capturing."""
+def submit(entry: int, arguments: Arguments, flops: int, whole: bool = False) -> None:
+    """Run a kernel now, or add it to the program that this thread is capturing.
+
+    `whole`: once begun it is not stopped, for it changes its inputs in place.
+    """
     program: Program | None = getattr(_recording, "program", None)
     if program is not None:
-        program.append(entry, arguments, flops)
+        program.append(entry, arguments, flops, whole)
         return
     single = Program()
-    single.append(entry, arguments, flops)
+    single.append(entry, arguments, flops, whole)
     single.seal()()
 
 
@@ -144,16 +175,24 @@ def check_compiler() -> None:
 
 
 def _runner() -> Callable[..., None]:
-    from backprop_kernels.cpu.memory import barrier, call_kernel, int64s
+    from backprop_kernels.cpu.memory import atomic_load, barrier, call_kernel, int64s
 
     def run(table, sync, thread, threads):
-        for i in range(table[0]):
-            args = table[2 + 2 * i]
-            call_kernel(table[1 + 2 * i], args, sync, thread, threads)
+        count = table[COUNT]
+        for i in range(count):
+            args = table[ENTRIES + 1 + 2 * i]
+            call_kernel(table[ENTRIES + 2 * i], args, sync, thread, threads)
+            # One thread decides, before the barrier, so that after it all leave or none does.
+            if thread == 0 and atomic_load(table, STOP) != 0:
+                table[COUNT] = i + 1
             barrier(sync, threads)
             if thread == 0:
                 counters = int64s(args)  # every kernel's first two words are ticket counters
                 counters[0] = 0
                 counters[1] = 0
+            # After the last kernel the table may be gone.
+            if i + 1 < count and atomic_load(table, COUNT) == i + 1:
+                barrier(sync, threads)  # all have read it
+                return
 
     return run

@@ -7,10 +7,12 @@ thread that finds the pool busy runs its program alone: results do not depend on
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from backprop_kernels.errors import OptionError
 TABLE, SYNC, THREADS, RUN, MUST_WAKE, WORKERS = 0, 8, 16, 24, 32, 40
 ORDERED, TAKEN, STATE = 0, 1, 2
 AWAKE, PARKED = 0, 1
+NO_MORE = 2**62  # in a ticket counter: no work is left
 WAIT_SPINS = 40_000  # ~2 ms: longer than the Python between two steps, shorter than is rude
 
 _lock = threading.Lock()
@@ -41,19 +44,37 @@ def available_cpus() -> int:
     return max(1, min(cpus, int(_cgroup_quota() or cpus)))
 
 
-def _cgroup_quota() -> float | None:
-    """CPUs that the cgroup allows, or None where it sets no quota."""
+def _cgroup_quota(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """CPUs that this process's cgroup and those around it allow, or None where none sets a quota.
+
+    A line of `membership` is "0::/path" (version 2) or "4:cpu,cpuacct:/path" (version 1).
+    """
+    quotas = []
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else max(1.0, int(quota) / int(period))
-    except (OSError, ValueError):
-        pass
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / "cpu" if controllers else root
+            inner = top / path.strip("/")
+            quotas += [_quota(folder) for folder in (inner, *inner.parents) if folder >= top]
+    except (OSError, ValueError):  # not Linux, or nothing that is known
+        return None
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    """CPUs that one cgroup allows by itself."""
     try:
-        old = Path("/sys/fs/cgroup/cpu")
-        quota_us = int((old / "cpu.cfs_quota_us").read_text())
-        period_us = int((old / "cpu.cfs_period_us").read_text())
-        return max(1.0, quota_us / period_us) if quota_us > 0 else None
-    except (OSError, ValueError):
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):  # no such file; "max"
         return None
 
 
@@ -70,10 +91,15 @@ def set_num_threads(count: int) -> None:
 
 
 def get_num_threads() -> int:
-    """How many threads a large program runs on."""
+    """How many threads a large program runs on.
+
+    Unless `set_num_threads` said so: the available CPUs, or fewer where OMP_NUM_THREADS asks for
+    it, as joblib does in its workers so that they do not crowd one another.
+    """
     global _limit
     if _limit is None:
-        _limit = available_cpus()
+        asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+        _limit = min(available_cpus(), int(asked) if asked.isdecimal() and int(asked) else 1024)
     return _limit
 
 
@@ -90,6 +116,43 @@ def run(runner: int, table: int, wanted: int) -> None:
         _pool.run(runner, table, count)
     finally:
         _lock.release()
+
+
+def run_aside(work: Callable[[], None], stop: Callable[[], None]) -> None:
+    """`work()` on a thread of its own, so that this one, the main thread, can answer signals.
+
+    Where a signal's handler raises, `stop` is called, the end of `work` waited for, and the
+    exception goes on.
+    """
+    ended = _thread.allocate_lock()
+    ended.acquire()
+    problems: list[BaseException] = []
+    done = False
+
+    def run() -> None:
+        nonlocal done
+        try:
+            work()
+        except BaseException as problem:
+            problems.append(problem)
+        finally:
+            done = True
+            ended.release()
+
+    # A signal is answered when a call returns: whatever a handler raises, the thread has started.
+    start = partial(_thread.start_new_thread, run, ())
+    act: Callable[[], object] = start
+    while not done:
+        try:
+            act()
+        except BaseException as problem:
+            if act is start and isinstance(problem, RuntimeError):  # no thread is to be had
+                raise
+            problems.append(problem)
+            stop()
+        act = ended.acquire
+    if problems:
+        raise problems[0]
 
 
 class _Pool:

@@ -1,0 +1,132 @@
+"""Ctrl-C: answered soon, and the step it meets is applied whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from backprop_kernels.cpu import program, threads
+
+import backprop as bp
+
+rng = np.random.default_rng(0)
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[list[float]]:
+    """SIGINT to this process after so many seconds; gives the CPU time at which it was sent."""
+    sent: list[float] = []
+
+    def send() -> None:
+        sent.append(time.process_time())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(seconds, send)
+    timer.start()
+    try:
+        yield sent
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def bits(step: bp.TrainStep) -> tuple[int, list[bytes]]:
+    """Everything that a step moves."""
+    arrays = [step.model.parameters, *step.state.values(), *step.model.statistics.values()]
+    return step.steps, [array.tobytes() for array in arrays]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_step_is_applied_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(program, "LONG", 0)
+    X, ids = rng.standard_normal((512, 256)).astype(np.float32), rng.integers(0, 9, 512)
+
+    def new_step() -> bp.TrainStep:
+        model = bp.MLP([256, 256, 256, 9], "gelu", norm="batch", dropout=0.1)
+        return bp.TrainStep(model, "cross_entropy", "Adam", 512)
+
+    before = threads.get_num_threads()
+    threads.set_num_threads(count)
+    try:
+        step, twin = new_step(), new_step()
+        step.prepare(X, ids)
+        states, seconds = [bits(twin)], 1.0
+        for _ in range(12):
+            started = time.perf_counter()
+            twin(X, ids)
+            seconds = min(seconds, time.perf_counter() - started)
+            states.append(bits(twin))
+        stopped = 0
+        while step.steps < 11:
+            known = step.steps
+            try:
+                with interrupted_after(rng.uniform(0, seconds)):
+                    step(X, ids)
+                    time.sleep(2 * seconds)  # not to be met by a signal that came late
+            except KeyboardInterrupt:
+                stopped += step.steps == known
+            assert bits(step) == states[step.steps]
+            if stopped > 20:
+                break
+        while step.steps < 12:  # and everything still works
+            step(X, ids)
+        assert bits(step) == states[12]
+        assert stopped
+    finally:
+        threads.set_num_threads(before)
+
+
+def test_answered_within_a_second_in_a_long_step() -> None:
+    """In CPU time of two threads, which a busy machine does not stretch; the step takes 3 s."""
+    X, y = np.ones((4096, 4096), np.float32), np.ones((4096, 1), np.float32)
+    step = bp.TrainStep(bp.MLP([4096, 4096, 4096, 1]), "mse", "SGD", 4096)
+    step.prepare(X, y)
+    before = bits(step)
+    with pytest.raises(KeyboardInterrupt), interrupted_after(0.3) as sent:
+        step(X, y)
+    assert time.process_time() - sent[0] < 1
+    assert bits(step) == before
+
+
+def test_a_handler_that_raises_nothing_lets_the_step_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "LONG", 0)
+    X, y = np.ones((2048, 512), np.float32), np.ones((2048, 1), np.float32)
+    step = bp.TrainStep(bp.MLP([512, 512, 1]), "mse", "SGD", 2048)
+    step.prepare(X, y)
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: seen.append(step.steps))
+    try:
+        with interrupted_after(0.002):
+            while not seen:
+                step(X, y)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert step.steps >= 1
+
+
+def test_predict_and_fit_are_stopped() -> None:
+    X, y = np.ones((30_000, 1024), np.float32), np.zeros(30_000, np.float32)
+    model = bp.MLP([1024, 2048, 2048, 1])
+    model.predict(X[:1])
+    for call in (
+        lambda: model.predict(X, batch_size=len(X)),
+        lambda: bp.fit(model, X, y, epochs=1000, batch_size=8192, progress=False),
+    ):
+        with pytest.raises(KeyboardInterrupt), interrupted_after(0.3) as sent:
+            call()
+        assert time.process_time() - sent[0] < 1
+    assert np.isfinite(model.parameters).all()
+
+
+def test_a_problem_on_the_other_thread_is_raised_here() -> None:
+    def fails() -> None:
+        raise ZeroDivisionError("there")
+
+    with pytest.raises(ZeroDivisionError, match="there"):
+        threads.run_aside(fails, lambda: None)
