@@ -24,7 +24,7 @@ from backprop_kernels.errors import (
     ShapeError,
 )
 
-from backprop import ops
+from backprop import datasets, ops
 from backprop.device import get_num_threads, set_num_threads
 from backprop.exchange import from_onnx, from_torch, to_onnx, to_torch
 from backprop.fit import fit
@@ -74,6 +74,7 @@ __all__ = [
     "ShapeError",
     "TensorBoard",
     "TrainStep",
+    "datasets",
     "fit",
     "from_onnx",
     "from_torch",

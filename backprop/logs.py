@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import socket
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -83,7 +82,7 @@ class TensorBoard(Log):
         """Start an event file of its own, as TensorBoard's writers do."""
         self.path.mkdir(exist_ok=True)
         now = time.time()
-        name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{now:.6f}.{os.uname().nodename}.{os.getpid()}"
         self._file = self.path / name
         self._add(_double(1, now) + _bytes(3, b"brain.Event:2"))
 

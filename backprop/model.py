@@ -135,14 +135,12 @@ class Sequential:
         """The network's output (batch, out_features) for X (batch, in_features).
 
         No dropout, running statistics, the last layer's activation applied. For classifiers
-        these are logits; see `predict_proba`. A model with an encoder also takes a `Table`.
+        these are logits; see `predict_proba`. A model with an encoder also takes raw
+        rows: a `Table`, a pandas DataFrame or an Arrow table.
         A memory map or a dataset (HDF5, Zarr) is read as it goes.
         """
         if self.encoder is not None:
-            from backprop.table import Table
-
-            if isinstance(X, Table):
-                X = self.encoder.transform(X)
+            X = self._encoded(X)
         if batch_size is not None:
             checks.integer("predict", "batch_size", batch_size, 1)
         X = self.column(X, "predict")
@@ -169,6 +167,16 @@ class Sequential:
                     self.layers, self.parameters, self.statistics, self.backend, workspace, batch
                 )
             yield plans[batch].forward(part[0]), part
+
+    def _encoded(self, X: Any) -> Any:
+        """X of raw rows, where X is a table or a data frame; anything else as it is."""
+        from backprop.table import Table, read_table
+        from backprop.table.frames import is_frame
+
+        if is_frame(X):
+            columns = [column.name for column in self.encoder.columns]
+            X = read_table(X, columns=columns, kinds=self.encoder.kinds, max_refused=0.0)
+        return self.encoder.transform(X) if isinstance(X, Table) else X
 
     def predict_proba(self, X: Any, batch_size: int | None = None) -> Array:
         """Class probabilities of a classifier that was trained on logits.

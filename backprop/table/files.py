@@ -1,4 +1,4 @@
-"""Reads a `Table` from a CSV, NPZ, NPY or Parquet file.
+"""Reads a `Table` from a CSV, NPZ, NPY or Parquet file, or from a data frame.
 
 A refused row (a stray value, the wrong number of fields, an infinity) is left out, kept with its
 line and reason in `Table.refused`, and counted: too many of them are an error.
@@ -17,6 +17,7 @@ from backprop_kernels.errors import OptionError
 from numpy.typing import NDArray
 
 from backprop.table.delimited import read_csv
+from backprop.table.frames import Columns, arrow_columns, frame_columns, is_frame
 from backprop.table.table import (
     MAX_REFUSED,
     Kind,
@@ -27,11 +28,9 @@ from backprop.table.table import (
     text_column,
 )
 
-Columns = dict[str, NDArray[Any]]
-
 
 def read_table(
-    path: str | Path,
+    path: str | Path | Any,
     *,
     columns: Collection[str] | None = None,
     kinds: Mapping[str, Kind] | None = None,
@@ -40,8 +39,9 @@ def read_table(
     """Read the columns of a .csv, .tsv or .txt (also .gz or .zip), .npz, .npy or .parquet file.
 
     Args:
-        path: the file. CSV needs a header row and UTF-8; its delimiter is the one of comma,
-            semicolon and tab that splits the header most. NPZ holds `X` (rows, features) with
+        path: the file, or a pandas DataFrame or an Arrow table. CSV needs a header row and UTF-8;
+            its delimiter is the one of comma, semicolon and tab that splits the header most. NPZ
+            holds `X` (rows, features) with
             optional `y` (rows,) and `columns` (features,), or one 1-D array for each column. NPY
             holds (rows, features), read as columns x0, x1, ….
         columns: the columns to keep, in the file's order; all of them unless given.
@@ -52,7 +52,8 @@ def read_table(
     Raises DataError for a file that is not a table or has too many refused rows, OptionError for an
     unknown suffix, kind or fraction, OSError when the file cannot be opened.
     """
-    path = Path(path)
+    stored = frame_columns(path) if is_frame(path) else None
+    path = Path(path if stored is None else type(path).__name__)
     kinds = kinds or {}
     for name, kind in kinds.items():
         if kind not in ("number", "text"):
@@ -61,11 +62,12 @@ def read_table(
     if not 0 <= max_refused <= 1:
         raise OptionError(f"read_table: max_refused: expected 0 to 1, got {max_refused}")
     suffix = path.suffix.lower()
+    if suffix in _BINARY:
+        stored = _BINARY[suffix](path)
     refused: dict[int, RefusedRow] = {}
     if suffix in (".csv", ".tsv", ".txt", ".gz", ".zip"):
         table, refused = read_csv(path, suffix, columns, kinds)
-    elif suffix in _BINARY:
-        stored = _BINARY[suffix](path)
+    elif stored is not None:
         rows = len(next(iter(stored.values()), ()))
         kept = {name: stored[name] for name in stored if columns is None or name in columns}
         table = Table(str(path), kept, np.arange(1, rows + 1))
@@ -157,7 +159,7 @@ def _from_array(path: Path, name: str, values: NDArray[Any]) -> NDArray[Any]:
 def _read_parquet(path: Path) -> Columns:
     try:
         import pyarrow as arrow
-        from pyarrow import parquet, types
+        from pyarrow import parquet
     except ImportError as error:
         advice = 'pip install "fused-backprop[parquet]"'
         refuse_file(path, "pyarrow, which reads Parquet", f"no pyarrow; {advice}", error)
@@ -166,32 +168,7 @@ def _read_parquet(path: Path) -> Columns:
             stored = parquet.read_table(file)
         except (arrow.ArrowException, OSError) as error:
             refuse_file(path, "a whole Parquet file", str(error), error)
-    check_names(path, stored.column_names)
-    numbers = (
-        types.is_boolean,
-        types.is_integer,
-        types.is_floating,
-        types.is_decimal,
-        types.is_null,
-    )
-    texts = (
-        types.is_string,
-        types.is_large_string,
-        types.is_date,
-        types.is_timestamp,
-        types.is_time,
-    )
-    columns: Columns = {}
-    for name, column in zip(stored.column_names, stored.columns, strict=True):
-        if types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if any(is_kind(column.type) for is_kind in numbers):
-            columns[name] = column.cast(arrow.float64(), safe=False).to_numpy()
-        elif any(is_kind(column.type) for is_kind in texts):
-            columns[name] = text_column(column.cast(arrow.string()).to_pylist())
-        else:
-            refuse_file(path, f"numbers, strings or dates in column {name}", str(column.type))
-    return columns
+    return arrow_columns(path, stored)
 
 
 _BINARY: dict[str, Callable[[Path], Columns]] = {
