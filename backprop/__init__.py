@@ -30,7 +30,7 @@ from backprop.exchange import from_onnx, from_torch, to_onnx, to_torch
 from backprop.fit import fit
 from backprop.gradcheck import GradientError, GradientReport, gradcheck
 from backprop.history import History
-from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear
+from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear, RMSNorm
 from backprop.logs import CSVLog, JSONLog, TensorBoard
 from backprop.losses import Loss
 from backprop.model import MLP, Sequential, load
@@ -69,6 +69,7 @@ __all__ = [
     "NonFiniteError",
     "Optimizer",
     "OptionError",
+    "RMSNorm",
     "RMSprop",
     "Sequential",
     "ShapeError",

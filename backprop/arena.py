@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from backprop_kernels.arrays import Array
 
-from backprop.layers import BatchNorm, Layer, LayerNorm, Linear
+from backprop.layers import BatchNorm, Dropout, Layer, Linear, RMSNorm
 
 ALIGNMENT = 64  # bytes: a cache line and a full vector register
 
@@ -34,9 +34,9 @@ class Layout:
                 self.shapes[f"{prefix}.weight"] = (layer.out_features, layer.in_features)
                 if layer.bias:
                     self.shapes[f"{prefix}.bias"] = (layer.out_features,)
-            elif isinstance(layer, BatchNorm | LayerNorm):
+            elif not isinstance(layer, Dropout):
                 prefix, norms = f"norms.{norms}", norms + 1
-                for name in ("weight", "bias"):
+                for name in ("weight",) if isinstance(layer, RMSNorm) else ("weight", "bias"):
                     self.shapes[f"{prefix}.{name}"] = (layer.features,)
                 if isinstance(layer, BatchNorm):
                     for name in ("running_mean", "running_var"):

@@ -62,8 +62,23 @@ class LayerNorm:
 
 
 @dataclass(frozen=True)
+class RMSNorm:
+    """Divides each row by the root of its mean square; a scale, and no shift."""
+
+    features: int
+    activation: str = "identity"
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _norm("RMSNorm", self.features, self.activation, self.eps)
+
+
+@dataclass(frozen=True)
 class Dropout:
-    """Zeroes each output of the layer before it with probability `rate`, in training only."""
+    """Zeroes each output of the layer before it with probability `rate`, in training only.
+
+    As the first layer it drops inputs. What is kept is scaled by 1/(1 − rate).
+    """
 
     rate: float
 
@@ -71,26 +86,27 @@ class Dropout:
         _number("Dropout", "rate", self.rate, 0.0, math.nextafter(1.0, 0.0))
 
 
-Layer: TypeAlias = Linear | BatchNorm | LayerNorm | Dropout
-NORMS = (BatchNorm, LayerNorm)
+Layer: TypeAlias = Linear | BatchNorm | LayerNorm | RMSNorm | Dropout
+NORMS = {"batch": BatchNorm, "layer": LayerNorm, "rms": RMSNorm}
 
 
 def mlp_layers(
     sizes: list[int], activation: str, output_activation: str, dropout: float,
-    norm: str | None, init: str,
+    norm: str | None, init: str, input_dropout: float = 0.0,
 ) -> Iterator[Layer]:  # fmt: skip
     """Linear, norm, activation, dropout for each hidden layer; a bare Linear at the end."""
-    norms = {"batch": BatchNorm, "layer": LayerNorm}
     checks.choice("MLP", "activation", activation, ACTIVATIONS)
     if norm is not None:
-        checks.choice("MLP", "norm", norm, norms)
+        checks.choice("MLP", "norm", norm, NORMS)
+    if input_dropout:
+        yield Dropout(input_dropout)
     for fan_in, fan_out in pairwise(sizes[:-1]):
         if norm is None:
             yield Linear(fan_in, fan_out, activation, init=init)
         else:  # the norm's beta replaces the bias, its epilogue the activation
             init_below = ACTIVATIONS[activation].init if init == "auto" else init
             yield Linear(fan_in, fan_out, bias=False, init=init_below)
-            yield norms[norm](fan_out, activation)
+            yield NORMS[norm](fan_out, activation)
         if dropout:
             yield Dropout(dropout)
     yield Linear(sizes[-2], sizes[-1], output_activation, init=init)
@@ -101,18 +117,18 @@ def check_chain(layers: list[Layer]) -> None:
     for i, layer in enumerate(layers):
         if not isinstance(layer, Layer):
             raise KindError(
-                f"Sequential: layers[{i}]: expected Linear, BatchNorm, LayerNorm or Dropout, "
-                f"got {type(layer).__name__}"
+                f"Sequential: layers[{i}]: expected Linear, BatchNorm, LayerNorm, RMSNorm or "
+                f"Dropout, got {type(layer).__name__}"
             )
     if not any(isinstance(layer, Linear) for layer in layers):
         raise ShapeError("Sequential: layers: expected at least one Linear, got none")
     width: int | None = None
     for i, layer in enumerate(layers):
         if isinstance(layer, Dropout):
-            if i == 0 or isinstance(layers[i - 1], Dropout) or i == len(layers) - 1:
+            if i == len(layers) - 1 or isinstance(layers[i + 1], Dropout):
                 raise OptionError(
-                    f"Sequential: layers[{i}]: expected Dropout between two layers with "
-                    "parameters (it is fused into the one before it)"
+                    f"Sequential: layers[{i}]: expected Dropout before a layer with parameters "
+                    "(it belongs to what it drops: the input, or the layer before it)"
                 )
             continue
         expects = layer.in_features if isinstance(layer, Linear) else layer.features

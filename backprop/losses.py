@@ -81,6 +81,16 @@ class Loss:
         self._in_range(y)
         return np.ascontiguousarray(y, dtype)
 
+    def mass(self, target: Array, weight: Array | None = None) -> float:
+        """What the mean over these rows divides by: their weights and those of their classes."""
+        w = np.ones(len(target)) if weight is None else weight.astype(np.float64)
+        if self.name == "cross_entropy" and target.ndim == 1:
+            counted = target != self.options["ignore_index"]
+            w = w * counted
+            if self.options["class_weight"] is not None:
+                w = w * self.options["class_weight"][np.where(counted, target, 0)]
+        return float(w.sum())
+
     def column(self, y: Any, rows: int, out_features: int, dtype: Any) -> Array | Rows:
         """`targets` of all rows; of several streamed columns, as they will be read and checked."""
         if not is_streamed(y) or math.prod(y.shape[1:]) == 1:

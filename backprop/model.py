@@ -20,12 +20,11 @@ from backprop_kernels.errors import (
     ShapeError,
 )
 
-from backprop import layers as layer_kinds
 from backprop.arena import Layout, aligned_zeros
 from backprop.batches import Rows, is_streamed, parts
 from backprop.dispatch import for_device
 from backprop.initializers import INITIALIZERS
-from backprop.layers import BatchNorm, Dropout, Layer, Linear, check_chain, mlp_layers
+from backprop.layers import NORMS, Dropout, Layer, Linear, check_chain, mlp_layers
 from backprop.losses import as_numbers, refuse_non_finite
 from backprop.passes import Plan, Workspace
 
@@ -40,7 +39,7 @@ class Sequential:
     """A chain of layers with its parameters in one flat array.
 
     Args:
-        layers: Linear, BatchNorm, LayerNorm and Dropout, in order.
+        layers: Linear, BatchNorm, LayerNorm, RMSNorm and Dropout, in order.
         dtype: "float32" or "float64".
         device: "auto", "cpu", "cuda", "cuda:N", or "reference" (plain NumPy, slow and exact).
         seed: of the initial weights.
@@ -68,6 +67,7 @@ class Sequential:
             checks.integer("Sequential", "seed", seed, 0)
         self.device = device
         self.backend = for_device(device)
+        self.frozen: set[str] = set()  # names of tensors that training leaves alone
         self.encoder: Any = None  # how raw table rows become X, where the model was fitted on one
         self.layout = Layout(self.layers)
         self.parameters = aligned_zeros(self.layout.size, self.dtype)
@@ -239,9 +239,10 @@ class MLP(Sequential):
         sizes: in_features, every hidden width, out_features.
         activation: of the hidden layers. The output is linear: losses take logits.
         dropout: rate after every hidden layer.
-        norm: None, "batch" or "layer", between each hidden product and its activation.
+        norm: None, "batch", "layer" or "rms", between each hidden product and its activation.
         init: "auto" (by activation) or a name from `backprop.initializers`.
         output_activation: of the last layer.
+        input_dropout: rate at the input.
         dtype, device, seed: as for Sequential.
     """
 
@@ -254,6 +255,7 @@ class MLP(Sequential):
         init: str = "auto",
         *,
         output_activation: str = "identity",
+        input_dropout: float = 0.0,
         dtype: str = "float32",
         device: str = "auto",
         seed: int | None = 0,
@@ -262,11 +264,13 @@ class MLP(Sequential):
             raise KindError(
                 f"MLP: sizes: expected at least [in_features, out_features], got {sizes!r}"
             )
-        layers = mlp_layers(list(sizes), activation, output_activation, dropout, norm, init)
+        layers = mlp_layers(
+            list(sizes), activation, output_activation, dropout, norm, init, input_dropout
+        )
         super().__init__(list(layers), dtype=dtype, device=device, seed=seed)
 
 
-LAYERS = {kind.__name__: kind for kind in (Linear, BatchNorm, layer_kinds.LayerNorm, Dropout)}
+LAYERS = {kind.__name__: kind for kind in (Linear, Dropout, *NORMS.values())}
 
 
 def load(path: str | PathLike[str], device: str = "auto") -> Sequential:

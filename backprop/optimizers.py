@@ -1,13 +1,14 @@
 """Optimizers as data: a rule from the optimizer table and its options.
 
 Names, defaults and arithmetic are PyTorch's. The moments belong to the `TrainStep`, so one
-optimizer object can serve several models.
+optimizer object can serve several models. What `COMMON` lists, every rule takes; `update.py` says
+how it is applied.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
 
@@ -16,6 +17,15 @@ from backprop_kernels.errors import KindError, OptionError
 from backprop_kernels.optimizers import OPTIMIZERS
 
 BELOW_ONE = ("betas", "alpha")  # decay rates: 1 would never forget
+COMMON: dict[str, Any] = {
+    "l1": 0.0,  # adds l1 Σ|w| to what is minimised, over the weights of Linear layers
+    "l2": 0.0,  # adds l2/2 Σw²
+    "clip_value": None,  # each element of the gradient to ± this
+    "clip_tensor_norm": None,  # each tensor's gradient to this L2 norm
+    "max_norm": None,  # each neuron's incoming weights to this L2 norm, after the step
+    "groups": {},  # name or pattern of tensors: {option of `GROUP`: value}
+}
+GROUP = ("lr_scale", "weight_decay", "l1", "l2", "max_norm")
 
 
 class Optimizer:
@@ -25,11 +35,20 @@ class Optimizer:
         checks.choice("Optimizer", "rule", rule, OPTIMIZERS)
         known = OPTIMIZERS[rule].options
         for name, value in options.items():
-            if name not in known:
-                raise OptionError(f"{rule}: expected options {', '.join(known)}; got {name!r}")
-            _check(rule, name, value, known[name])
+            if name not in known and name not in COMMON:
+                expected = ", ".join([*known, *COMMON])
+                raise OptionError(f"{rule}: expected options {expected}; got {name!r}")
+            if name == "groups":
+                _check_groups(rule, value, known)
+            elif name in known:
+                _check(rule, name, value, known[name])
+            else:
+                _check_common(rule, name, value)
         self.rule = rule
-        self.options: dict[str, Any] = {**known, **options}
+        self.common = {**COMMON, **{k: v for k, v in options.items() if k in COMMON}}
+        self.options: dict[str, Any] = {
+            **known, **{k: v for k, v in options.items() if k in known}
+        }  # fmt: skip
 
     @property
     def lr(self) -> float:
@@ -41,12 +60,38 @@ class Optimizer:
         _check(self.rule, "lr", value, 0.0)
         self.options["lr"] = value
 
-    def scalars(self, step: int) -> tuple[float, ...]:
-        """The numbers of step `step` (from 1) that are the same for all parameters."""
-        return OPTIMIZERS[self.rule].scalars(step, **self.options)
+    def scalars(self, step: int, **changes: Any) -> tuple[float, ...]:
+        """The numbers of step `step` (from 1), with other values for some options."""
+        return OPTIMIZERS[self.rule].scalars(step, **{**self.options, **changes})
 
     def __repr__(self) -> str:
-        return f"{self.rule}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+        shown = self.options | {k: v for k, v in self.common.items() if v != COMMON[k]}
+        return f"{self.rule}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+
+def _check_common(rule: str, name: str, value: Any) -> None:
+    """A penalty or a scale is ≥ 0; a limit is above 0, or None."""
+    if COMMON.get(name, 0.0) is None:
+        if value is not None and not (_number(value) and value > 0):
+            raise OptionError(f"{rule}: {name}: expected a number > 0 or None, got {value!r}")
+    elif not (_number(value) and value >= 0):
+        raise OptionError(f"{rule}: {name}: expected a number ≥ 0, got {value!r}")
+
+
+def _check_groups(rule: str, groups: Any, known: Mapping[str, Any]) -> None:
+    if not isinstance(groups, Mapping):
+        raise KindError(
+            f'{rule}: groups: expected tensors and their options, such as {{"layers.0": '
+            f'{{"lr_scale": 0.1}}}}, got {type(groups).__name__}'
+        )
+    for pattern, options in groups.items():
+        where = f"{rule}: groups[{pattern!r}]"
+        if not isinstance(options, Mapping):
+            raise KindError(f"{where}: expected options, got {type(options).__name__}")
+        for name, value in options.items():
+            if name not in GROUP or (name == "weight_decay" and name not in known):
+                raise OptionError(f"{where}: expected options {', '.join(GROUP)}; got {name!r}")
+            _check_common(where, name, value)
 
 
 def _check(rule: str, name: str, value: Any, default: Any) -> None:
@@ -74,13 +119,17 @@ def _constructor(rule: str) -> Callable[..., Optimizer]:
         return Optimizer(rule, lr=lr, **options)
 
     make.__name__ = make.__qualname__ = rule
-    make.__doc__ = f"{OPTIMIZERS[rule].formula}\n\nOptions and defaults are PyTorch's."
+    make.__doc__ = (
+        f"{OPTIMIZERS[rule].formula}\n\nOptions and defaults are PyTorch's; weight_decay spares "
+        "biases and norms.\nEvery rule also takes l1, l2, clip_value, clip_tensor_norm, max_norm "
+        "and groups: docs/regularisation.md."
+    )
     make.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
             if name == "lr"
             else inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-            for name, default in OPTIMIZERS[rule].options.items()
+            for name, default in {**OPTIMIZERS[rule].options, **COMMON}.items()
         ]
     )
     return make

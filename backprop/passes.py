@@ -9,7 +9,7 @@ dropout (so every `dZ` is a true ∂L/∂Z) and sums its columns into `db`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array
 
 from backprop.arena import Layout, aligned_zeros
-from backprop.layers import BatchNorm, Dropout, Layer, LayerNorm, Linear
+from backprop.layers import BatchNorm, Dropout, Layer, LayerNorm, Linear, RMSNorm
 
 
 class Workspace:
@@ -48,7 +48,7 @@ class Pass(ABC):
     """One layer, the arrays it reads and writes, and its two directions."""
 
     backend: ModuleType
-    layer: Linear | BatchNorm | LayerNorm
+    layer: Layer
     activation: str
     dropout: arrays.Dropout | None
     weight: Array  # W, or gamma
@@ -73,12 +73,29 @@ class Pass(ABC):
         """Y, and `kept`, from X."""
 
     @abstractmethod
-    def delta(self, X: Array, below: Pass) -> None:
+    def delta(self, X: Array, below: Any) -> None:
         """From this pass's dZ make `below.dZ` and `below.db`."""
 
     @abstractmethod
     def gradient(self, X: Array) -> None:
         """From this pass's dZ make its weight's gradient."""
+
+
+class InputPass(Pass):
+    """Dropout of the input itself: a batch norm that changes nothing, for its epilogue."""
+
+    def forward(self, X: Array) -> None:
+        zeros, ones = self.bias, self.weight
+        out = (self.Y, None, None, None)
+        self.backend.batch_norm_forward(
+            X, ones, zeros, zeros, ones, False, 0.0, 0.0, "identity", self.dropout, out=out
+        )
+
+    def delta(self, X: Array, below: Pass) -> None:
+        """Nothing lies below the input."""
+
+    def gradient(self, X: Array) -> None:
+        """Nothing is trained."""
 
 
 class LinearPass(Pass):
@@ -91,7 +108,8 @@ class LinearPass(Pass):
         self.backend.linear_dgrad(self.dZ, self.weight, *below.below(), out=(below.dZ, below.db))
 
     def gradient(self, X: Array) -> None:
-        self.backend.linear_wgrad(self.dZ, X, out=self.d_weight)
+        if self.d_weight is not None:
+            self.backend.linear_wgrad(self.dZ, X, out=self.d_weight)
 
 
 @dataclass
@@ -108,18 +126,20 @@ class NormPass(Pass):
                 X, self.weight, self.bias, *(self.running or ()), self.training,
                 self.layer.momentum, self.layer.eps, *common,
             )  # fmt: skip
-        elif isinstance(self.layer, LayerNorm):
-            self.backend.layer_norm_forward(X, self.weight, self.bias, self.layer.eps, *common)
+        elif isinstance(self.layer, LayerNorm | RMSNorm):
+            self.backend.layer_norm_forward(
+                X, self.weight, self.bias, self.layer.eps, *common,
+                centred=isinstance(self.layer, LayerNorm),
+            )  # fmt: skip
 
     def delta(self, X: Array, below: Pass | None) -> None:
-        backward = (
-            self.backend.batch_norm_backward
-            if isinstance(self.layer, BatchNorm)
-            else self.backend.layer_norm_backward
-        )
         rest = below.below() if below else (None, "identity", None)
         out = (below.dZ, below.db, self.d_weight) if below else (None, None, self.d_weight)
-        backward(self.dZ, X, self.weight, self.mean, self.rstd, *rest, out=out)
+        given = (self.dZ, X, self.weight, self.mean, self.rstd, *rest, out)
+        if isinstance(self.layer, BatchNorm):
+            self.backend.batch_norm_backward(*given)
+        else:
+            self.backend.layer_norm_backward(*given, centred=isinstance(self.layer, LayerNorm))
 
     def gradient(self, X: Array) -> None:
         """Nothing: dgamma came with the delta."""
@@ -138,21 +158,29 @@ class Plan:
         batch: int,
         gradients: Array | None = None,
         stream: Array | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         """Without `gradients` the plan only predicts: no dropout, running statistics.
 
         The last pass keeps no activation: training hands it to the loss (`output_activation`),
-        prediction applies it.
+        prediction applies it. No gradient is made of the tensors in `frozen`, nor any delta below
+        the first layer that is trained; batch norms down there predict.
         """
         layout = Layout(layers)
         training = gradients is not None
         P = layout.views(parameters)
         G = layout.views(gradients) if gradients is not None else {}
+        G = {name: g for name, g in G.items() if name not in frozen}
+        trained = {name.rpartition(".")[0] for name in G}
+        bottom = next((i for i, name in enumerate(layout.prefixes) if name in trained), 0)
         self.batch = batch
         self.passes: list[Pass] = []
         last = max(i for i, layer in enumerate(layers) if not isinstance(layer, Dropout))
         for i, layer in enumerate(layers):
             if isinstance(layer, Dropout):
+                if i == 0 and training and stream is not None and layer.rate > 0:
+                    drop = arrays.Dropout(layer.rate, stream, 0)
+                    self.passes.append(_input_pass(backend, layers[1], drop, workspace, batch))
                 continue
             activation, dropout = layer.activation, None
             if training and i == last:
@@ -183,6 +211,8 @@ class Plan:
             if isinstance(layer, Linear):
                 self.passes.append(LinearPass(**common))
                 continue
+            if isinstance(layer, RMSNorm):
+                common["bias"] = workspace.vector(f"zeros {name}", columns)
             per = layer.features if isinstance(layer, BatchNorm) else batch
             running = None
             if isinstance(layer, BatchNorm):
@@ -193,9 +223,10 @@ class Plan:
                     mean=workspace.vector(f"mean {name}", per),
                     rstd=workspace.vector(f"rstd {name}", per),
                     running=running,
-                    training=training,
+                    training=training and i >= bottom,
                 )
             )
+        self.bottom = next((k for k, p in enumerate(self.passes) if p.layer is layers[bottom]), 0)
 
     def forward(self, X: Array) -> Array:
         """Y of the last pass."""
@@ -211,9 +242,23 @@ class Plan:
         independent of one another.
         """
         inputs = [X, *(p.Y for p in self.passes[:-1])]
-        for i in reversed(range(1, len(self.passes))):
+        lowest = self.bottom
+        for i in reversed(range(lowest + 1, len(self.passes))):
             self.passes[i].delta(inputs[i], self.passes[i - 1])
-        if isinstance(self.passes[0], NormPass):
-            self.passes[0].delta(X, None)
-        for p, X_in in zip(reversed(self.passes), reversed(inputs), strict=True):
-            p.gradient(X_in)
+        if isinstance(self.passes[lowest], NormPass):
+            self.passes[lowest].delta(inputs[lowest], None)
+        for i in reversed(range(lowest, len(self.passes))):
+            self.passes[i].gradient(inputs[i])
+
+
+def _input_pass(
+    backend: ModuleType, first: Layer, dropout: arrays.Dropout, workspace: Workspace, batch: int
+) -> InputPass:
+    columns = first.in_features if isinstance(first, Linear) else getattr(first, "features", 0)
+    ones = workspace.vector("ones of the input", columns)
+    ones[...] = 1
+    zeros = workspace.vector("zeros of the input", columns)
+    Y = workspace.rows("Y of the input", batch, columns)
+    return InputPass(
+        backend, Dropout(dropout.rate), "identity", dropout, ones, zeros, None, None, Y, None, None
+    )

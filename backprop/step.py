@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import isfinite, nan
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import KindError, NonFiniteError, OptionError, ShapeError
-from backprop_kernels.optimizers import OPTIMIZERS
 
 from backprop.arena import aligned_zeros
 from backprop.losses import (
@@ -23,12 +22,16 @@ from backprop.losses import (
 from backprop.model import Sequential
 from backprop.optimizers import Optimizer, resolve_optimizer
 from backprop.passes import Plan, Workspace
+from backprop.update import Update
 
 
 class Gradients:
     """Loss and gradients of a model for batches of up to `batch_size` rows, with their buffers."""
 
-    def __init__(self, model: Sequential, loss: Loss, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, model: Sequential, loss: Loss, batch_size: int, seed: int,
+        frozen: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.model = model
         self.loss = loss
         self.batch_size = batch_size
@@ -37,14 +40,17 @@ class Gradients:
         self.stream = np.array([seed, 0], np.int64)  # of dropout: seed, step
         self.value = np.zeros((), np.float64)
         self.workspace = Workspace(batch_size, model.dtype)
+        self.frozen = frozenset(frozen)
+        self.plans: dict[int, Plan] = {}  # by batch size: where activations and deltas lie
 
     def operators(self, batch: int) -> Callable[..., None]:
         """A function (X, target[, weight]) that runs forward, loss and backward of `batch` rows."""
         model, loss = self.model, self.loss
         plan = Plan(
             model.layers, model.parameters, model.statistics, model.backend, self.workspace,
-            batch, self.flat, self.stream,
+            batch, self.flat, self.stream, self.frozen,
         )  # fmt: skip
+        self.plans[batch] = plan
         options = options_for_kernel(loss, model.out_features)
         last = plan.passes[-1]
 
@@ -82,6 +88,8 @@ class TrainStep:
         optimizer: a name or e.g. `AdamW(lr=1e-3)`. Its moments are kept here.
         clip_norm: scale longer gradients down to this L2 norm.
         seed: of dropout.
+        accumulate: how many batches make one step. Their gradients are added as those of one batch
+            of all their rows would be; `flush` makes a step of fewer.
 
     Raises NonFiniteError when loss or gradient is not finite (DataError where X is the cause); the
     parameters, moments and running statistics are then those of the step before. An exception from
@@ -96,24 +104,31 @@ class TrainStep:
         batch_size: int = 32,
         clip_norm: float | None = None,
         seed: int = 0,
+        accumulate: int = 1,
     ) -> None:
         if not isinstance(model, Sequential):
             raise KindError(f"TrainStep: model: expected a model, got {type(model).__name__}")
         checks.integer("TrainStep", "batch_size", batch_size, 1)
         checks.integer("TrainStep", "seed", seed, 0)
+        checks.integer("TrainStep", "accumulate", accumulate, 1)
         number = isinstance(clip_norm, int | float) and not isinstance(clip_norm, bool)
         if clip_norm is not None and not (number and clip_norm > 0):
             raise OptionError(f"TrainStep: clip_norm: expected a number > 0, got {clip_norm!r}")
         self.model = model
         self.optimizer = resolve_optimizer(optimizer)
-        self.gradients = Gradients(model, resolve_loss(loss), batch_size, seed)
-        rule = OPTIMIZERS[self.optimizer.rule]
-        self.state = {name: aligned_zeros(model.layout.size, model.dtype) for name in rule.state}
+        self.gradients = Gradients(model, resolve_loss(loss), batch_size, seed, model.frozen)
+        self.update = Update(
+            self.optimizer, model.layout, model.parameters, self.gradients.flat, clip_norm,
+            self.gradients.frozen,
+        )  # fmt: skip
         self.steps = 0
-        self.norm = np.zeros((), np.float64)
-        self._scalars = np.zeros(1 + len(self.optimizer.scalars(1)), np.float64)
-        self._scalars[0] = np.inf if clip_norm is None else clip_norm
+        self.pending = 0  # batches accumulated towards the next step
+        self.accumulate = int(accumulate)
+        self._total = aligned_zeros(model.layout.size if accumulate > 1 else 0, model.dtype)
+        self._mass = self._loss = 0.0  # of the pending batches: Σ weights, Σ weights · loss
+        self._apart = accumulate > 1 or not self.update.fused
         self._captured: dict[tuple[int, ...], Callable[..., None]] = {}
+        self._updating: Callable[[], None] | None = None
         # Forward moves running statistics before the step is known to be finite.
         self._statistics = [(value, value.copy()) for value in model.statistics.values()]
 
@@ -125,35 +140,98 @@ class TrainStep:
     def run(self, *arrays: Array) -> float:
         """Train on arrays that `Gradients.inputs` has checked: X, target[, weight]."""
         program = self.prepare(*arrays)
-        for statistic, before in self._statistics:
-            before[...] = statistic
-        self._scalars[1:] = self.optimizer.scalars(self.steps + 1)
-        self.gradients.stream[1] = self.steps
-        self.norm[...] = nan  # until the optimizer has run
+        if not self.pending:
+            self._begin()
+        self.gradients.stream[1] = self.steps * self.accumulate + self.pending
         try:
             program(*arrays)
             value = float(self.gradients.value)
-            applied = isfinite(self.norm) and isfinite(value)
+            if self.accumulate > 1:
+                self._add(value, self.gradients.loss.mass(*arrays[1:]))
+                if self.pending < self.accumulate and isfinite(value):
+                    return value
+            if self._apart:
+                self._apply()
         except BaseException:  # Ctrl-C: the optimizer, once begun, has run to its end
-            if isfinite(self.norm) and isfinite(self.gradients.value):
-                self.steps += 1
-            else:
-                self._restore_statistics()
+            self._end()
             raise
-        if not applied:
-            self._restore_statistics()
-            refuse_non_finite("TrainStep", "X", arrays[0])
-            raise NonFiniteError(
-                f"TrainStep: step {self.steps + 1}: expected a finite loss and gradient, got loss "
-                f"{value} and gradient norm {float(self.norm)} at lr {self.optimizer.lr:g}; "
-                "nothing was changed. Lower lr, set clip_norm, or scale the inputs"
-            )
-        self.steps += 1
+        self._expect_applied(arrays[0])
         return value
 
-    def _restore_statistics(self) -> None:
+    def flush(self) -> None:
+        """Make a step of the batches accumulated so far; nothing where there are none."""
+        if not self.pending:
+            return
+        try:
+            self._apply()
+        except BaseException:
+            self._end()
+            raise
+        self._expect_applied(None)
+
+    def _begin(self) -> None:
         for statistic, before in self._statistics:
-            statistic[...] = before
+            before[...] = statistic
+        self.update.prepare(self.steps + 1)
+        self.norm[...] = nan  # until the optimizer has run
+
+    def _add(self, value: float, mass: float) -> None:
+        """Take the gradient of one batch into the total."""
+        self._total += self.gradients.flat * self.model.dtype.type(mass)
+        self._mass += mass
+        self._loss += mass * value
+        self.pending += 1
+
+    def _apply(self) -> None:
+        """The update as a program of its own, with what no operator does before it."""
+        if self.pending:
+            mass = self._mass or 1.0  # 0 where every row was ignored: so is the gradient
+            np.multiply(self._total, self.model.dtype.type(1 / mass), out=self.gradients.flat)
+            self.gradients.value[...] = self._loss / mass
+        self.update.before()
+        if self._updating is None:
+            backend, guard = self.model.backend, self.gradients.value
+            self._updating = backend.capture(lambda: self.update.operator(backend, guard))
+        self._updating()
+
+    def _end(self) -> bool:
+        """Count the step where it was applied, else take back what forward moved."""
+        self._total[...] = 0
+        self.pending, self._mass, self._loss = 0, 0.0, 0.0
+        applied = isfinite(self.norm) and isfinite(self.gradients.value)
+        if applied:
+            self.steps += 1
+            self.update.after()
+        else:
+            for statistic, before in self._statistics:
+                statistic[...] = before
+        return applied
+
+    def _expect_applied(self, X: Array | None) -> None:
+        if self._end():
+            return
+        if X is not None:
+            refuse_non_finite("TrainStep", "X", X)
+        raise NonFiniteError(
+            f"TrainStep: step {self.steps + 1}: expected a finite loss and gradient, got loss "
+            f"{float(self.gradients.value)} and gradient norm {float(self.norm)} at lr "
+            f"{self.lr:g}; nothing was changed. Lower lr, set clip_norm, or scale the inputs"
+        )
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step: the optimizer's, by the factor of a schedule."""
+        return self.optimizer.lr * self.update.lr_factor
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """The optimizer's moments, each like the flat parameters."""
+        return self.update.state
+
+    @property
+    def norm(self) -> Array:
+        """The L2 norm of the last step's gradient, before clipping: ()."""
+        return self.update.norm
 
     def prepare(self, *arrays: Array) -> Callable[..., None]:
         """The captured program for arrays like these; compiles what it needs, trains nothing."""
@@ -168,10 +246,8 @@ class TrainStep:
 
         def step(*inputs: Array) -> None:
             gradients(*inputs)
-            backend.optimizer_step(
-                self.model.parameters, self.gradients.flat, tuple(self.state.values()),
-                self._scalars, self.optimizer.rule, self.gradients.value, out=self.norm,
-            )  # fmt: skip
+            if not self._apart:
+                self.update.operator(backend, self.gradients.value)
 
         captured: Callable[..., None] = backend.capture(step, *arrays)
         return captured

@@ -18,6 +18,7 @@ from backprop_kernels.optimizers import OPTIMIZERS
 
 from backprop import __version__
 from backprop.cli import doctor, export, gradcheck, plot, tables
+from backprop.layers import NORMS
 from backprop.model import DTYPES
 from backprop.table import MAX_REFUSED
 from backprop.table.encoding import TASKS
@@ -147,7 +148,7 @@ def _add_network(command: argparse.ArgumentParser, hidden: str) -> None:
             type=_widths, metavar="N,…")  # fmt: skip
     _option(network, "--activation", "relu", f"one of {', '.join(ACTIVATIONS)}", metavar="NAME")
     _option(network, "--dropout", 0.0, "rate after every hidden layer", type=float, metavar="P")
-    network.add_argument("--norm", choices=("batch", "layer"), help="before every activation")
+    network.add_argument("--norm", choices=NORMS, help="before every activation")
     _option(network, "--dtype", DTYPES[0], "numbers to compute with", choices=DTYPES)
     _option(network, "--device", "auto", "auto, cpu, cuda, cuda:N or reference", metavar="NAME")
     _option(network, "--seed", 0, "of weights, order, dropout and split", type=int, metavar="N")

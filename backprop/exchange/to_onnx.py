@@ -18,7 +18,7 @@ from backprop_kernels.errors import KindError, OptionError
 
 from backprop.durable_file import replace_file
 from backprop.extras import need
-from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear
+from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear, RMSNorm
 from backprop.model import Sequential
 
 OPSET, IR_VERSION = 17, 8
@@ -90,11 +90,15 @@ def _network(graph: Graph, model: Sequential) -> str:
     return Y
 
 
-def _operator(layer: Linear | BatchNorm | LayerNorm) -> tuple[str, dict[str, float]]:
+def _operator(layer: Linear | BatchNorm | LayerNorm | RMSNorm) -> tuple[str, dict[str, float]]:
     if isinstance(layer, Linear):
         return "Gemm", {"transB": 1}
     if isinstance(layer, LayerNorm):
         return "LayerNormalization", {"epsilon": layer.eps}
+    if isinstance(layer, RMSNorm):
+        raise OptionError(
+            f"to_onnx: model: expected layers that opset {OPSET} has, got RMSNorm; use to_torch"
+        )
     return "BatchNormalization", {"epsilon": layer.eps, "momentum": 1 - layer.momentum}
 
 

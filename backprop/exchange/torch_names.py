@@ -19,7 +19,7 @@ from backprop_kernels.errors import CheckpointFormatError, KindError
 
 from backprop.checkpoint import read_tensors, write_tensors
 from backprop.exchange.chain import Link, build
-from backprop.layers import BatchNorm, Dropout, Layer, LayerNorm, Linear
+from backprop.layers import BatchNorm, Dropout, Layer, LayerNorm, Linear, RMSNorm
 from backprop.losses import as_numbers
 from backprop.model import Sequential
 
@@ -68,6 +68,8 @@ def _modules(layer: Layer) -> Iterator[str]:
         yield f"nn.Linear({layer.in_features}, {layer.out_features}{bias})"
     elif isinstance(layer, LayerNorm):
         yield f"nn.LayerNorm({layer.features}, eps={layer.eps!r})"
+    elif isinstance(layer, RMSNorm):
+        yield f"nn.RMSNorm({layer.features}, eps={layer.eps!r})"
     else:
         yield f"nn.BatchNorm1d({layer.features}, eps={layer.eps!r}, momentum={layer.momentum!r})"
     if layer.activation in MODULES:

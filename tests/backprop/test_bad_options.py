@@ -159,7 +159,7 @@ OPTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: mlp(norm="group"),
         bp.OptionError,
-        "MLP: norm: expected one of batch, layer; got 'group'",
+        "MLP: norm: expected one of batch, layer, rms; got 'group'",
     ),
     (
         lambda: mlp(init="xavier"),
@@ -194,7 +194,7 @@ OPTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: bp.Sequential(["relu"]),  # type: ignore[list-item]
         bp.KindError,
-        "Sequential: layers[0]: expected Linear, BatchNorm, LayerNorm or Dropout, got str",
+        "Sequential: layers[0]: expected Linear, BatchNorm, LayerNorm, RMSNorm or Dropout, got str",
     ),
     (
         lambda: bp.Sequential([bp.Linear(3, 4), bp.LayerNorm(5)]),
@@ -205,8 +205,8 @@ OPTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: bp.Sequential([bp.Linear(3, 4), bp.Dropout(0.1)]),
         bp.OptionError,
-        "Sequential: layers[1]: expected Dropout between two layers with parameters (it is fused "
-        "into the one before it)",
+        "Sequential: layers[1]: expected Dropout before a layer with parameters (it belongs to "
+        "what it drops: the input, or the layer before it)",
     ),
     (
         lambda: bp.LayerNorm(3, eps=0),
@@ -272,7 +272,8 @@ OPTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: bp.Adam(momentum=0.9),
         bp.OptionError,
-        "Adam: expected options lr, betas, eps, weight_decay; got 'momentum'",
+        "Adam: expected options lr, betas, eps, weight_decay, l1, l2, clip_value, "
+        "clip_tensor_norm, max_norm, groups; got 'momentum'",
     ),
     (
         lambda: setattr(bp.SGD(), "lr", float("inf")),

@@ -59,7 +59,8 @@ def test_steps_follow_the_rule_written_out(device: str) -> None:
             m[name] = beta1 * m[name] + (1 - beta1) * g
             v[name] = beta2 * v[name] + (1 - beta2) * g**2
             m_hat, v_hat = m[name] / (1 - beta1**t), v[name] / (1 - beta2**t)
-            state[name] = (1 - lr * decay) * state[name] - lr * m_hat / (np.sqrt(v_hat) + eps)
+            shrink = 1 - lr * decay if g.ndim == 2 else 1  # biases are spared
+            state[name] = shrink * state[name] - lr * m_hat / (np.sqrt(v_hat) + eps)
         twin.load_state_dict(state)
         for name, value_by_hand in state.items():
             np.testing.assert_allclose(

@@ -149,35 +149,47 @@ LOSSES: dict[str, tuple[bp.Loss, Callable[..., Any], str]] = {
     "gaussian_nll": (bp.Loss("gaussian_nll"), gaussian_nll, "half"),
 }
 
+
+def decay(value: float) -> dict[str, dict[str, float]]:
+    """Weight decay of every tensor, as in PyTorch; ours spares biases unless told."""
+    return {"*": {"weight_decay": value}}
+
+
 OPTIMIZERS: dict[str, tuple[Callable[[], bp.Optimizer], Callable[[Any], Any]]] = {
     "SGD": (lambda: bp.SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
     "SGD momentum": (
-        lambda: bp.SGD(lr=0.05, momentum=0.9, weight_decay=0.01),
+        lambda: bp.SGD(lr=0.05, momentum=0.9, groups=decay(0.01)),
         lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
     ),
     "SGD nesterov": (
-        lambda: bp.SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+        lambda: bp.SGD(lr=0.05, momentum=0.9, nesterov=True, groups=decay(0.01)),
         lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
     ),
     "RMSprop": (lambda: bp.RMSprop(lr=0.01), lambda p: torch.optim.RMSprop(p, lr=0.01)),
     "RMSprop momentum": (
-        lambda: bp.RMSprop(lr=0.01, alpha=0.9, momentum=0.5, weight_decay=0.01),
+        lambda: bp.RMSprop(lr=0.01, alpha=0.9, momentum=0.5, groups=decay(0.01)),
         lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9, momentum=0.5, weight_decay=0.01),
     ),
     "Adam": (lambda: bp.Adam(lr=0.01), lambda p: torch.optim.Adam(p, lr=0.01)),
     "Adam decay": (
-        lambda: bp.Adam(lr=0.01, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1),
+        lambda: bp.Adam(lr=0.01, betas=(0.8, 0.95), eps=1e-3, groups=decay(0.1)),
         lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1),
     ),
     "AdamW": (
-        lambda: bp.AdamW(lr=0.01, weight_decay=0.1),
+        lambda: bp.AdamW(lr=0.01, groups=decay(0.1)),
         lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     ),
     "Adagrad": (
-        lambda: bp.Adagrad(lr=0.05, lr_decay=0.1, weight_decay=0.01),
+        lambda: bp.Adagrad(lr=0.05, lr_decay=0.1, groups=decay(0.01)),
         lambda p: torch.optim.Adagrad(p, lr=0.05, lr_decay=0.1, weight_decay=0.01),
     ),
 }
+
+
+NORMS = {
+    bp.BatchNorm: torch.nn.BatchNorm1d, bp.LayerNorm: torch.nn.LayerNorm,
+    bp.RMSNorm: torch.nn.RMSNorm,
+}  # fmt: skip
 
 
 class Twin(torch.nn.Module):  # type: ignore[misc, name-defined]
@@ -191,10 +203,8 @@ class Twin(torch.nn.Module):  # type: ignore[misc, name-defined]
             if isinstance(layer, bp.Linear):
                 module = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias)
                 self.layers.append(module)
-            elif isinstance(layer, bp.BatchNorm | bp.LayerNorm):
-                batch = isinstance(layer, bp.BatchNorm)
-                kind = torch.nn.BatchNorm1d if batch else torch.nn.LayerNorm
-                module = kind(layer.features)
+            elif not isinstance(layer, bp.Dropout):
+                module = NORMS[type(layer)](layer.features, eps=layer.eps)
                 self.norms.append(module)
             else:
                 continue
@@ -298,10 +308,10 @@ def test_every_optimizer(optimizer: str, dtype: str, clip_norm: float | None, de
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("norm", [bp.BatchNorm, bp.LayerNorm])
+@pytest.mark.parametrize("norm", [bp.BatchNorm, bp.LayerNorm, bp.RMSNorm])
 def test_every_norm(norm: Any, dtype: str, device: str) -> None:
     layers: list[Layer] = [
-        norm(7), bp.Linear(7, 19, "tanh"), bp.Linear(19, 11, bias=norm is bp.LayerNorm),
+        norm(7), bp.Linear(7, 19, "tanh"), bp.Linear(19, 11, bias=norm is not bp.BatchNorm),
         norm(11, "silu"), bp.Linear(11, 4),
     ]  # fmt: skip
     model = bp.Sequential(layers, dtype=dtype, device=device)

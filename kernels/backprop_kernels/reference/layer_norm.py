@@ -26,10 +26,10 @@ def layer_norm_forward(
     checks.norm_forward("layer_norm_forward", X, gamma, beta, activation, dropout, out, len(X))
     features = max(X.shape[1], 1)
     mean = X.sum(axis=1) / features if centred else np.zeros(len(X), X.dtype)
-    centred = X - mean[:, None]
-    rstd = 1 / np.sqrt((centred * centred).sum(axis=1) / features + X.real.dtype.type(eps))
+    deviation = X - mean[:, None]
+    rstd = 1 / np.sqrt((deviation * deviation).sum(axis=1) / features + X.real.dtype.type(eps))
     given = out or (None, None, None, None)
-    Z = centred * rstd[:, None] * gamma + beta
+    Z = deviation * rstd[:, None] * gamma + beta
     Y, saved = epilogue(Z, activation, dropout, given[0], given[1])
     return Y, saved, write(given[2], mean), write(given[3], rstd)
 

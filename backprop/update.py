@@ -1,0 +1,182 @@
+"""From gradients to new parameters: what is clipped, penalised, scaled or left alone, by tensor.
+
+The arithmetic is `optimizer_step`'s, one launch over the arena. Where tensors differ (weight decay
+spares biases, a layer learns more slowly, another is frozen) it gets a row of scalars for each kind
+and the spans of the arena that it serves. Only what no operator does, clipping each tensor by its
+norm and the limit on a neuron's weights, is array code before and after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import isfinite
+from types import ModuleType
+
+import numpy as np
+from backprop_kernels.arrays import Array
+from backprop_kernels.errors import OptionError
+from backprop_kernels.optimizers import OPTIMIZERS
+
+from backprop.arena import Layout, aligned_zeros
+from backprop.optimizers import Optimizer
+
+PREFIX = 4  # max_norm, max_value, l1, l2: what a row holds before the rule's own scalars
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How one tensor is updated. `max_norm` bounds the rows of a weight."""
+
+    lr_scale: float = 1.0
+    weight_decay: float = 0.0
+    l1: float = 0.0
+    l2: float = 0.0
+    max_norm: float | None = None
+
+
+def treatments(optimizer: Optimizer, layout: Layout) -> dict[str, Treatment]:
+    """By tensor: decay and penalties for the weights of Linear layers, then what `groups` says.
+
+    A group's name is that of a tensor, of a layer or a pattern; of two that match the later holds.
+    """
+    common = optimizer.common
+    weight = Treatment(
+        1.0,
+        optimizer.options.get("weight_decay", 0.0),
+        common["l1"],
+        common["l2"],
+        common["max_norm"],
+    )
+    chosen = {
+        name: weight if len(shape) == 2 else Treatment() for name, shape in layout.shapes.items()
+    }
+    for pattern, options in common["groups"].items():
+        for name in matching(pattern, layout.shapes, f"{optimizer.rule}: groups"):
+            if "max_norm" in options and len(layout.shapes[name]) != 2:
+                continue  # a bias has no incoming weights
+            chosen[name] = replace(chosen[name], **options)
+    return chosen
+
+
+def matching(pattern: str, names: Collection[str], where: str) -> list[str]:
+    """The tensors a name means: "layers.0.bias", all of "layers.0", or a pattern: "*.bias"."""
+    found = [
+        name
+        for name in names
+        if isinstance(pattern, str)
+        and (fnmatchcase(name, pattern) or name.startswith(f"{pattern}."))
+    ]
+    if not found:
+        raise OptionError(
+            f"{where}: expected the name of a tensor or a layer, or a pattern, of "
+            f"{', '.join(names)}; got {pattern!r}"
+        )
+    return found
+
+
+class Update:
+    """One optimizer over one arena: its moments, its scalars, and the operator that applies it."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        layout: Layout,
+        parameters: Array,
+        gradient: Array,
+        clip_norm: float | None = None,
+        frozen: Collection[str] = (),
+    ) -> None:
+        self.optimizer = optimizer
+        self.parameters, self.gradient = parameters, gradient
+        rule = OPTIMIZERS[optimizer.rule]
+        self.state = {name: aligned_zeros(layout.size, parameters.dtype) for name in rule.state}
+        self.norm = np.zeros((), np.float64)
+        self.lr_factor = 1.0  # of a schedule
+        trained = {n: t for n, t in treatments(optimizer, layout).items() if n not in frozen}
+        if not trained:
+            raise OptionError(
+                "TrainStep: model: expected parameters to train, got all of them frozen; "
+                "use model.unfreeze(…)"
+            )
+        self._rows = list(dict.fromkeys(replace(t, max_norm=None) for t in trained.values()))
+        limit = optimizer.common["clip_value"]
+        ordinary = self._rows == [Treatment(weight_decay=optimizer.options.get("weight_decay", 0))]
+        self.spans: list[tuple[int, int, int]] | None = None
+        if not ordinary or limit is not None or len(trained) < len(layout.shapes):
+            self.spans = _spans(layout, {n: self._row(t) for n, t in trained.items()})
+        own = len(optimizer.scalars(1))
+        self.scalars = np.zeros(1 + own if self.spans is None else (len(self._rows), PREFIX + own))
+        self.scalars[..., 0] = np.inf if clip_norm is None else clip_norm
+        if self.spans is not None:
+            self.scalars[:, 1] = np.inf if limit is None else limit
+            self.scalars[:, 2:PREFIX] = [(t.l1, t.l2) for t in self._rows]
+        self._limits = [
+            (layout.views(parameters)[name], t.max_norm)
+            for name, t in trained.items()
+            if t.max_norm is not None
+        ]
+        tensor_norm = optimizer.common["clip_tensor_norm"]
+        self._clipped = (
+            []
+            if tensor_norm is None
+            else [(layout.views(gradient)[name], tensor_norm) for name in trained]
+        )
+
+    @property
+    def fused(self) -> bool:
+        """Whether gradients and update can be captured as one program."""
+        return not self._clipped
+
+    def _row(self, treatment: Treatment) -> int:
+        return self._rows.index(replace(treatment, max_norm=None))
+
+    def prepare(self, step: int) -> None:
+        """Set the scalars of step `step` (from 1)."""
+        lr = self.optimizer.lr * self.lr_factor
+        if self.spans is None:
+            self.scalars[1:] = self.optimizer.scalars(step, lr=lr)
+            return
+        for row, t in zip(self.scalars, self._rows, strict=True):
+            changes = {"lr": lr * t.lr_scale}
+            if "weight_decay" in self.optimizer.options:
+                changes["weight_decay"] = t.weight_decay
+            row[PREFIX:] = self.optimizer.scalars(step, **changes)
+
+    def before(self) -> None:
+        """Clip each tensor's gradient by its norm. A NaN stays: the operator refuses it."""
+        for g, limit in self._clipped:
+            norm = math.sqrt(float(np.square(g, dtype=np.float64).sum()))
+            if isfinite(norm) and norm > limit:
+                g *= limit / norm
+
+    def operator(self, backend: ModuleType, guard: Array) -> None:
+        """`optimizer_step`, to be captured."""
+        backend.optimizer_step(
+            self.parameters, self.gradient, tuple(self.state.values()), self.scalars,
+            self.optimizer.rule, guard, out=self.norm, spans=self.spans,
+        )  # fmt: skip
+
+    def after(self) -> None:
+        """Scale every row of weights that is longer than its limit down to it."""
+        for W, limit in self._limits:
+            norm = np.sqrt(np.square(W, dtype=np.float64).sum(axis=1, keepdims=True))
+            if (norm > limit).any():
+                W *= (limit / np.maximum(norm, limit)).astype(W.dtype)
+
+
+def _spans(layout: Layout, rows: Mapping[str, int]) -> list[tuple[int, int, int]]:
+    """(start, stop, row) of the tensors in `rows`; neighbours of one row are one span."""
+    spans: list[tuple[int, int, int]] = []
+    following = None  # where the next tensor of the arena starts
+    for name, shape in layout.shapes.items():
+        start = layout.offsets[name]
+        stop = start + math.prod(shape)
+        if name in rows:
+            if spans and following == start and spans[-1][2] == rows[name]:
+                start = spans.pop()[0]
+            spans.append((start, stop, rows[name]))
+            following = -(-stop // 16) * 16
+    return spans
