@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
+from backprop_kernels.cpu import threads
 
 import backprop as bp
 
@@ -94,5 +99,197 @@ for _ in range(5000):
 
 def test_programs_of_two_threads_that_live_for_one_call() -> None:
     """A worker may leave a program's last barrier after the program's memory is another's."""
+    outside(BRIEF)
+
+
+def outside(code: str, *arguments: str, folder: Path | None = None, **environment: str) -> str:
+    """What `code` prints as a program of its own: as a file in `folder` if it must be imported."""
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run([sys.executable, "-c", BRIEF], check=True, timeout=120, env=paths)
+    script = ["-c", code]
+    if folder is not None:
+        file = folder / "script.py"
+        file.write_text(code, encoding="utf-8")
+        script = [str(file)]
+    done = subprocess.run(
+        [sys.executable, *script, *arguments], timeout=300, env={**paths, **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training_and_predicting_at_once_change_no_bit() -> None:
+    """One model trains while another predicts, from as many threads as a web server has."""
+    server = bp.MLP([64, 256, 256, 10])
+    expected, alone = server.predict(X).tobytes(), trained(0)
+    with ThreadPoolExecutor(6) as pool:
+        fits = [pool.submit(trained, 0) for _ in range(3)]
+        answers = [pool.submit(lambda: server.predict(X).tobytes()) for _ in range(30)]
+        assert {future.result() for future in answers} == {expected}
+        assert {future.result() for future in fits} == {alone}
+
+
+def test_number_of_threads_may_change_while_others_train() -> None:
+    before, expected, stop = threads.get_num_threads(), trained(0), threading.Event()
+
+    def change() -> None:
+        count = 1
+        while not stop.wait(0.002):
+            bp.set_num_threads(count)
+            count = count % 4 + 1
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert set(pool.map(trained, [0] * 6)) == {expected}
+    finally:
+        stop.set()
+        changer.join()
+        bp.set_num_threads(before)
+
+
+PROCESSES = """
+import multiprocessing, sys
+import numpy as np
+import backprop as bp
+
+rng = np.random.default_rng(0)
+X, ids = rng.standard_normal((512, 64)).astype(np.float32), rng.integers(0, 10, 512)
+
+def trained(seed):
+    model = bp.MLP([64, 256, 10], "gelu", dropout=0.1, seed=seed)
+    bp.fit(model, X, ids, loss="cross_entropy", epochs=2, batch_size=256, progress=False)
+    return model.parameters.tobytes() + model.predict(X).tobytes()
+
+if __name__ == "__main__":
+    expected = [trained(seed) for seed in range(4)]
+    if sys.argv[1] in ("fork", "spawn", "forkserver"):
+        with multiprocessing.get_context(sys.argv[1]).Pool(3) as pool:
+            assert pool.map(trained, range(4)) == expected
+    else:
+        from joblib import Parallel, delayed
+        run = Parallel(n_jobs=3, backend=sys.argv[1])
+        assert run(delayed(trained)(seed) for seed in range(4)) == expected
+    assert trained(1) == expected[1]
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver", "loky", "threading"])
+def test_workers_get_the_bits_of_their_parent(tmp_path: Path, how: str) -> None:
+    """multiprocessing's pools after the parent trained, and joblib's."""
+    if how in ("loky", "threading"):
+        pytest.importorskip("joblib", reason="joblib is not installed")
+    elif how not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {how}")
+    outside(PROCESSES, how, folder=tmp_path)
+
+
+COUNT = """
+import json, os, sys, threading
+import numpy as np
+import backprop as bp
+from backprop_kernels.cpu.threads import available_cpus, get_num_threads
+X, y = np.ones((4096, 256), np.float32), np.ones((4096, 1), np.float32)
+bp.TrainStep(bp.MLP([256, 256, 1]), "mse", "SGD", 4096)(X, y)
+ours = [t.name for t in threading.enumerate() if t.name.startswith("backprop-")]
+print(json.dumps([available_cpus(), get_num_threads(), len(ours)]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_affinity_and_omp_num_threads_are_obeyed() -> None:
+    """A large step on as many threads as there are cores to run on, this one among them."""
+    cores = os.sched_getaffinity(0)
+    here = threads.available_cpus()
+    assert json.loads(outside(COUNT, OMP_NUM_THREADS="")) == [here, here, here - 1]
+    assert json.loads(outside(COUNT, OMP_NUM_THREADS="1")) == [here, 1, 0]
+    assert json.loads(outside(COUNT, OMP_NUM_THREADS="1,2")) == [here, 1, 0]
+    assert json.loads(outside(COUNT, OMP_NUM_THREADS="many")) == [here, here, here - 1]
+    try:
+        os.sched_setaffinity(0, {min(cores)})  # as taskset does, for the child
+        assert json.loads(outside(COUNT)) == [1, 1, 0]
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cpus"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b", {"cpu.max": "400000 100000", "a/cpu.max": "max 100000"}, 4.0),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "800000 100000"}, 3.0),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "50000 100000"}, 0.5),
+        ("0::/elsewhere", {}, None),
+        ("0::/", {"cpu.max": "none of the known forms"}, None),
+        (
+            "5:memory:/m\n4:cpu,cpuacct:/docker/1\n0::/",
+            {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"},
+            2.5,
+        ),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("no colons", {}, None),
+    ],
+)
+def test_cgroup_quota(
+    tmp_path: Path, membership: str, files: dict[str, str], cpus: float | None
+) -> None:
+    (tmp_path / "membership").write_text(membership + "\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert threads._cgroup_quota(tmp_path, tmp_path / "membership") == cpus
+    assert threads._cgroup_quota(tmp_path, tmp_path / "absent") is None
+
+
+def test_quota_bounds_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for quota, expected in ((0.5, 1), (1.5, 1), (1000.0, None)):
+        monkeypatch.setattr(threads, "_cgroup_quota", lambda quota=quota: quota)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        assert threads.available_cpus() == (expected or cores)
+
+
+def test_idle_threads_burn_no_time() -> None:
+    """Workers wait a few ms for the next step, then sleep; each step costs that once."""
+    before = threads.get_num_threads()
+    bp.set_num_threads(3)
+    try:
+        step = bp.TrainStep(bp.MLP([64, 512, 10]), "cross_entropy", "Adam", 512)
+        for _ in range(3):
+            step(X, ids)
+        workers = [t for t in threading.enumerate() if t.name.startswith("backprop-")]
+        assert len(workers) >= 2  # of this pool; a closed one's may still be on their way out
+        used = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - used < 0.05
+    finally:
+        bp.set_num_threads(before)
+
+
+CROWD = """
+import json, time
+import numpy as np
+import backprop as bp
+X, ids = np.ones((1024, 256), np.float32), np.zeros(1024, int)
+step = bp.TrainStep(bp.MLP([256, 512, 10]), "cross_entropy", "SGD", 1024)
+A = np.ones((700, 700))
+def seconds(work):
+    times = []
+    for _ in range(15):
+        started = time.process_time(), time.perf_counter()
+        work()
+        times.append((time.process_time() - started[0], time.perf_counter() - started[1]))
+    return sorted(times)[7]
+for work in (lambda: step(X, ids), lambda: A @ A):
+    work()
+alone = [seconds(lambda: A @ A), seconds(lambda: step(X, ids))]
+together = seconds(lambda: (A @ A, step(X, ids)))
+print(json.dumps([sum(cpu for cpu, _ in alone), together[0]]))
+"""
+
+
+def test_blas_between_steps_does_not_crowd() -> None:
+    """NumPy's BLAS has threads of its own: in turns, both need no more CPU than apart."""
+    apart, in_turns = json.loads(outside(CROWD))
+    assert in_turns < 2 * apart + 0.01, (apart, in_turns)
