@@ -58,3 +58,11 @@ class CheckpointMismatchError(BackpropError, ValueError):
 
 class CheckpointWriteError(BackpropError, OSError):
     """A checkpoint could not be written; the previous file is untouched."""
+
+
+class KernelCompileError(BackpropError, RuntimeError):
+    """A kernel did not compile; the message holds the file, the options and the compiler's log."""
+
+
+class DeviceMemoryError(BackpropError, MemoryError):
+    """The device has no room; the message says how much was needed and how much is free."""

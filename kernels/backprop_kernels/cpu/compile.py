@@ -1,23 +1,18 @@
 """From a Python function to machine code with a C entry point, compiled once per machine.
 
 Numba types and optimises the function; its LLVM text is assembled here into an object file, kept
-in a private cache folder and loaded by LLVM directly. A later process therefore never runs Numba.
+in a private folder (`machine_code_cache.py`) and loaded by LLVM directly. A later process therefore
+never runs Numba.
 
 The folder's name is a hash of the package's sources, the versions of Numba and LLVM and the CPU's
-name and features, so an edit, an upgrade or another machine can never meet stale code. Files are
-written beside and renamed, and carry a checksum: processes that start cold together only compile
-the same thing twice. Where no private folder can be written, kernels are compiled for each process
-and one warning says so.
+name and features, so an edit, an upgrade or another machine can never meet stale code.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,8 +21,9 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+from backprop_kernels import machine_code_cache
+
 Make = Callable[..., Callable[..., Any]]
-DIGEST = hashlib.sha256
 # Numba's own C convention: where to put the result, where to put an exception, the arguments.
 _ENTRY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 5)
 
@@ -45,7 +41,10 @@ def address(make: Make, parameters: int, *key: Any) -> int:
     if name not in _addresses:
         with _lock:
             if name not in _addresses:
-                _addresses[name] = _load(name, _object_code(name, make, parameters, key))
+                code = machine_code_cache.kept(
+                    fingerprint(), f"{name}.o", lambda: _compile(name, make(*key), parameters)
+                )
+                _addresses[name] = _load(name, code)
     return _addresses[name]
 
 
@@ -53,17 +52,6 @@ def address(make: Make, parameters: int, *key: Any) -> int:
 def call(entry: int) -> Callable[..., int]:
     """`entry` as a Python callable on integers. It runs without the GIL."""
     return _ENTRY(entry)
-
-
-def _object_code(name: str, make: Make, parameters: int, key: tuple[Any, ...]) -> bytes:
-    folder = cache_folder()
-    file = None if folder is None else folder / f"{name}.o"
-    code = None if file is None else _read(file)
-    if code is None:
-        code = _compile(name, make(*key), parameters)
-        if file is not None:
-            _write(file, code)
-    return code
 
 
 def _compile(name: str, function: Callable[..., Any], parameters: int) -> bytes:
@@ -118,7 +106,7 @@ def fingerprint() -> str:
         numba_version = version("numba")
     except PackageNotFoundError:
         numba_version = "unknown"
-    digest = DIGEST()
+    digest = machine_code_cache.DIGEST()
     facts = (numba_version, llvmlite.__version__, llvm.get_host_cpu_name(), cpu_features())
     import numpy
 
@@ -130,55 +118,9 @@ def fingerprint() -> str:
     return digest.hexdigest()[:32]
 
 
-@cache
 def cache_folder() -> Path | None:
     """The folder for this fingerprint, private to this user; None where there can be none."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    try:
-        if not os.path.isabs(base):
-            raise OSError(f"{base} is not an absolute path")
-        top = Path(base) / "fused-backprop"
-        folder = top / fingerprint()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for part in (top, folder):
-            status = part.lstat()
-            if part.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
-                raise OSError(f"{part} could be written by others")
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as problem:
-        _warn(problem)
-        return None
-
-
-def _warn(problem: Exception) -> None:
-    warnings.warn(
-        f"kernels are not cached ({problem}), so every process compiles them again; point "
-        "XDG_CACHE_HOME at a folder that only you can write",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-def _read(file: Path) -> bytes | None:
-    """The code in `file`, or None where there is none or it is damaged."""
-    try:
-        data = file.read_bytes()
-    except OSError:
-        return None
-    size = DIGEST().digest_size
-    code = data[size:]
-    return code if code and DIGEST(code).digest() == data[:size] else None
-
-
-def _write(file: Path, code: bytes) -> None:
-    try:
-        handle, temporary = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(DIGEST(code).digest() + code)
-        os.replace(temporary, file)
-    except OSError as problem:
-        _warn(problem)
+    return machine_code_cache.folder(fingerprint())
 
 
 def _after_fork() -> None:

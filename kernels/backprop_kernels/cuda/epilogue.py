@@ -1,0 +1,67 @@
+"""What launchers share: the epilogue's text and arguments, what is saved, column sums."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.cuda import code
+from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.cuda.launch import empty, launch
+
+SAVES = {"": 0, "Y": 1, "Z": 2}  # as epilogue.cuh names them
+SUM_THREADS = 256
+
+
+@cache
+def variant(dtype: np.dtype[Any], activation: str) -> str:
+    """The text of variant.cuh for epilogue.cuh."""
+    act = ACTIVATIONS[activation]
+    return code.variant(
+        dtype,
+        code.function("activation", ["z"], lambda z: act.forward(code, z)),
+        code.function("derivative", ["saved"], lambda saved: act.derivative(code, saved)),
+        SAVES=SAVES[act.saves],
+    )
+
+
+def dropout_arguments(dropout: Dropout | None, dtype: np.dtype[Any]) -> tuple[Any, ...]:
+    """stream, layer, threshold and scale, as kernels take them; a null stream drops nothing."""
+    if dropout is None or dropout.rate == 0:
+        return None, 0, 0, dtype.type(1)
+    scale = dtype.type(1 / (1 - dropout.rate))
+    return dropout.stream, dropout.layer, round(dropout.rate * 2**32), scale
+
+
+def saved_output(
+    Y: Array, kept: Array | None, activation: str, dropout: Dropout | None, allocate: bool
+) -> tuple[Array | None, Array | None]:
+    """(what the caller gets as `saved`, what the kernel writes besides Y)."""
+    saves = ACTIVATIONS[activation].saves
+    dropped = dropout is not None and dropout.rate > 0
+    if saves == "" or kept is Y:
+        return (Y if saves else None), None
+    if kept is None and saves == "Y" and not dropped:
+        return Y, None
+    if kept is None and allocate:
+        kept = empty(Y.shape, Y.dtype)
+    return kept, kept
+
+
+def column_sums(partial: Array, sums: Array) -> None:
+    """sums (columns,) = the rows of partial (rows, columns), added in order."""
+    rows, columns = partial.shape
+    if columns:
+        unit = Unit("column_sums.cu", plain_variant(sums.dtype))
+        grid = (-(-columns // SUM_THREADS),)
+        launch(unit, "column_sums", grid, (SUM_THREADS,), partial, sums, rows, columns)
+
+
+@cache
+def plain_variant(dtype: np.dtype[Any]) -> str:
+    """The text of variant.cuh for a kernel without formulas."""
+    return code.variant(dtype)

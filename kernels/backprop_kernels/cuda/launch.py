@@ -1,0 +1,199 @@
+"""Launching: the only file that touches CuPy.
+
+A launch happens now, or joins the list of a capture. `capture` replays its list as one CUDA graph,
+with the inputs in buffers of its own: what a replay is given is copied there first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from backprop_kernels.arrays import Array
+from backprop_kernels.cuda import compile as nvrtc
+from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.errors import DeviceMemoryError, KindError, ShapeError
+
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
+
+_thread = threading.local()
+
+
+class Launch(NamedTuple):
+    """One kernel with its arguments; `arrays` keeps their memory alive."""
+
+    function: Any
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    shared: int
+    arrays: tuple[Array, ...]
+
+
+def launch(
+    unit: Unit, entry: str, grid: Sequence[int], block: Sequence[int], *arguments: Any,
+    shared: int = 0,
+) -> None:  # fmt: skip
+    """Run a kernel, or add it to the capture that this thread is making.
+
+    arguments: device arrays and None go as pointers, Python integers as `long long`, NumPy scalars
+    by their own size.
+    """
+    grid = (*grid, 1, 1)[:3]
+    if any(n > most for n, most in zip(grid, LARGEST_GRID, strict=True)):
+        raise ShapeError(f"{entry}: expected a grid of at most {LARGEST_GRID}, got {grid}")
+    arrays = tuple(a for a in arguments if _is_array(a))
+    device = arrays[0].device.id if arrays else cupy().cuda.Device().id
+    with cupy().cuda.Device(device):
+        call = Launch(
+            _function(unit, entry, device, cupy()), grid, tuple(block),
+            tuple(_word(entry, a) for a in arguments), shared, arrays,
+        )  # fmt: skip
+        recorded: list[Launch] | None = getattr(_thread, "launches", None)
+        if recorded is None:
+            _run(call)
+        else:
+            recorded.append(call)
+
+
+def recording() -> bool:
+    """Whether this thread is capturing, so that nothing is computed yet."""
+    return getattr(_thread, "launches", None) is not None
+
+
+def capture(operators: Callable[..., None], *inputs: Array) -> Program:
+    """Turn a function of arrays that calls operators into one CUDA graph; nothing is computed yet.
+
+    Outputs must be preallocated. `inputs` stand for arrays that change from replay to replay:
+    `program(*arrays)` takes others of the same shape and dtype, from this device or from NumPy.
+    """
+    on_device("capture", **{f"inputs[{i}]": a for i, a in enumerate(inputs)})
+    buffers = [empty(a.shape, a.dtype) for a in inputs]
+    outer = getattr(_thread, "launches", None)
+    launches: list[Launch] = []
+    _thread.launches = launches
+    try:
+        operators(*buffers)
+    finally:
+        _thread.launches = outer
+    return Program(buffers, launches)
+
+
+class Program:
+    """Captured launches: `program(*inputs)` replays them in one graph launch."""
+
+    def __init__(self, inputs: list[Array], launches: list[Launch]) -> None:
+        self.inputs = inputs
+        self._launches = launches
+        stream = cupy().cuda.Stream(non_blocking=True)
+        with stream:
+            stream.begin_capture()
+            try:
+                for call in launches:
+                    _run(call)
+            finally:
+                self._graph = stream.end_capture()
+
+    def __call__(self, *inputs: Array) -> None:
+        for buffer, given in zip(self.inputs, inputs, strict=True):
+            if given is not buffer and given.size:
+                copy(buffer, given)
+        if self._launches:
+            self._graph.launch()
+
+
+def empty(shape: Any, dtype: Any) -> Array:
+    """Uninitialised device memory. A capture keeps what its launches were given."""
+    try:
+        return cupy().empty(shape, dtype)
+    except cupy().cuda.memory.OutOfMemoryError as problem:
+        needed = prod(np.atleast_1d(shape).tolist()) * np.dtype(dtype).itemsize
+        free = cupy().cuda.runtime.memGetInfo()[0]
+        raise DeviceMemoryError(
+            f"device memory: expected room for {needed:,} bytes, {free:,} are free; lower "
+            "batch_size or the layers' widths"
+        ) from problem
+
+
+def copy(to: Array, source: Array) -> None:
+    """Fill the device array `to` from a device or NumPy array of its shape and dtype."""
+    if source.shape != to.shape or source.dtype != to.dtype:
+        raise ShapeError(
+            f"copy: expected {to.dtype} of shape {to.shape}, got {source.dtype} {source.shape}"
+        )
+    if _is_array(source):
+        to.data.copy_from_device_async(source.data, to.nbytes)
+    else:
+        to.set(source)
+
+
+def on_device(where: str, **arrays: Array | None) -> None:
+    """Refuse what a kernel cannot take: host arrays, another device's, misaligned memory."""
+    devices = {}
+    for name, value in arrays.items():
+        if value is None:
+            continue
+        if not _is_array(value):
+            raise KindError(
+                f"{where}: {name}: expected a CuPy array, got {type(value).__module__}."
+                f"{type(value).__name__}; copy with cupy.asarray(x)"
+            )
+        devices[name] = value.device.id
+        if not value.flags.c_contiguous:
+            raise ShapeError(
+                f"{where}: {name}: expected a C-contiguous array, got strides {value.strides} for "
+                f"shape {value.shape}; pass cupy.ascontiguousarray({name})"
+            )
+        if value.data.ptr % value.dtype.itemsize:
+            raise ShapeError(
+                f"{where}: {name}: expected memory aligned to {value.dtype.itemsize} bytes, got "
+                f"address {value.data.ptr:#x}; pass {name}.copy()"
+            )
+    if len(set(devices.values())) > 1:
+        raise KindError(f"{where}: expected arrays of one device, got {devices}")
+
+
+@cache
+def _function(unit: Unit, entry: str, device: int, cupy: Any) -> Any:
+    return _module(unit, device, cupy).get_function(entry)
+
+
+@cache
+def _module(unit: Unit, device: int, cupy: Any) -> Any:
+    arch = f"sm_{cupy.cuda.Device(device).compute_capability}"
+    module = cupy.cuda.function.Module()
+    module.load(nvrtc.cubin(unit, arch))
+    return module
+
+
+def _run(call: Launch) -> None:
+    call.function(call.grid, call.block, call.arguments, call.shared)
+
+
+def _word(entry: str, value: Any) -> Any:
+    """A kernel argument whose size is beyond doubt."""
+    if value is None:
+        return np.uint64(0)
+    if _is_array(value):
+        return np.uint64(value.data.ptr)
+    if isinstance(value, np.generic):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return np.int64(value)
+    raise KindError(f"{entry}: argument: expected an array or integer, got {value!r}")
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, cupy().ndarray)
+
+
+def cupy() -> Any:
+    """CuPy, imported on first use."""
+    import cupy
+
+    return cupy

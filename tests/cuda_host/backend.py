@@ -1,0 +1,145 @@
+"""The CUDA backend as the tests of operators see it: NumPy arrays in, NumPy arrays out.
+
+Every array of a call is copied to the device, the real launcher is called, and every array is
+copied back. So one test body serves all backends, here in the emulator and on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from backprop_kernels import cuda
+from backprop_kernels.arrays import Dropout
+from backprop_kernels.cuda import compile as nvrtc
+from backprop_kernels.operators import OPERATORS
+
+from tests.cuda_host import build, cupy_stand_in
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """The emulator in the place of CuPy and NVRTC."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "cupy", cupy_stand_in)
+        patch.setattr(nvrtc, "cubin", lambda unit, arch: build.unit(unit, cupy_stand_in.THREADS))
+        yield
+
+
+class Mirror:
+    """Device copies of NumPy arrays: one per piece of memory, however often it is given."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[tuple[int, int], tuple[np.ndarray, Any]] = {}
+        self._shown: dict[int, np.ndarray] = {}
+
+    def to_device(self, value: Any) -> Any:
+        """`value` with a device array for every NumPy array in it."""
+        import cupy
+
+        if isinstance(value, Dropout):
+            return value._replace(stream=self.to_device(value.stream))
+        if isinstance(value, tuple | list):
+            return type(value)(self.to_device(v) for v in value)
+        if not isinstance(value, np.ndarray):
+            return value
+        key = (value.__array_interface__["data"][0], value.nbytes)
+        if key not in self._pairs:
+            self._pairs[key] = value, _copied(cupy, value)
+        device = self._pairs[key][1]
+        if device.dtype != value.dtype or device.shape != value.shape:
+            device = device.reshape(value.shape)
+        self._shown[device.data.ptr] = value
+        return device
+
+    def upload(self) -> None:
+        for host, device in self._pairs.values():
+            if host.size:
+                device.set(host)
+
+    def download(self) -> None:
+        for host, device in self._pairs.values():
+            if host.size and host.flags.writeable:
+                device.get(out=host)
+
+    def to_host(self, value: Any) -> Any:
+        """What an operator returned, as the arrays it was given where it was given them."""
+        if isinstance(value, tuple):
+            return tuple(self.to_host(v) for v in value)
+        if not hasattr(value, "get"):
+            return value
+        shown = self._shown.get(value.data.ptr)
+        return shown if shown is not None and shown.shape == value.shape else value.get()
+
+
+_mirror: Mirror | None = None  # of the capture that is going on
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        with installed():
+            mirror = _mirror or Mirror()
+            options = {k: mirror.to_device(v) if k != "options" else v for k, v in options.items()}
+            result = getattr(cuda, name)(*(mirror.to_device(a) for a in arguments), **options)
+            if _mirror is None:
+                mirror.download()
+            return mirror.to_host(result)
+
+    return call
+
+
+def _capture(operators: Callable[..., None], *inputs: np.ndarray) -> Callable[..., None]:
+    global _mirror
+    stands = [np.empty_like(a) for a in inputs]  # for the program's own buffers
+    mirror, outer = Mirror(), _mirror
+
+    def on_device(*buffers: Any) -> None:
+        for stand, buffer in zip(stands, buffers, strict=True):
+            mirror._pairs[stand.__array_interface__["data"][0], stand.nbytes] = stand, buffer
+        operators(*stands)
+
+    with installed():
+        import cupy
+
+        _mirror = mirror
+        try:
+            program = cuda.capture(on_device, *map(cupy.asarray, inputs))
+        finally:
+            _mirror = outer
+        for stand in stands:
+            del mirror._pairs[stand.__array_interface__["data"][0], stand.nbytes]
+
+    def replay(*arrays: np.ndarray) -> None:
+        with installed():
+            mirror.upload()
+            program(*arrays)
+            mirror.download()
+
+    return replay
+
+
+def _copied(cupy: Any, value: np.ndarray) -> Any:
+    """A device array of the same layout, as far as kernels can tell layouts apart."""
+    if value.flags.c_contiguous:
+        return cupy.asarray(value)
+    if value.flags.f_contiguous:
+        return cupy.asarray(value.T).T
+    return cupy.asarray(np.repeat(value, 2, axis=-1))[..., ::2]
+
+
+class _Backend(SimpleNamespace):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(name)
+        pytest.skip(f"the CUDA backend has no {name} yet")
+
+
+backend = _Backend(
+    __name__="backprop_kernels.cuda",
+    capture=_capture,
+    **{name: _operator(name) for row in OPERATORS for name in row.functions if hasattr(cuda, name)},
+)

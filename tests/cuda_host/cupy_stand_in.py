@@ -1,0 +1,308 @@
+"""The part of CuPy that the library uses, on a CPU: kernels run in the emulator.
+
+It is stricter than CuPy where that finds mistakes: an array offers no arithmetic, never turns into
+a NumPy array unasked, and nothing but launches may happen while a stream captures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from tests.cuda_host import build, memory
+
+COMPUTE_CAPABILITY = "90"
+SCHEDULES = 4  # launches take turns; see runtime.cpp
+
+
+class OutOfMemoryError(MemoryError):
+    """cupy.cuda.memory.OutOfMemoryError."""
+
+
+class Pointer:
+    """cupy.cuda.MemoryPointer: an address and what keeps it valid."""
+
+    def __init__(self, mem: memory.Memory, ptr: int) -> None:
+        self.mem, self.ptr = mem, ptr
+
+    def copy_from_device_async(self, source: Pointer, size: int, stream: Any = None) -> None:
+        ctypes.memmove(self.ptr, source.ptr, size)
+
+
+class ndarray:
+    """An array in device memory; `_host` is the emulator's view of it."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, host: np.ndarray, mem: memory.Memory) -> None:
+        self._host, self._memory = host, mem
+
+    shape = property(lambda self: self._host.shape)
+    dtype = property(lambda self: self._host.dtype)
+    ndim = property(lambda self: self._host.ndim)
+    size = property(lambda self: self._host.size)
+    nbytes = property(lambda self: self._host.nbytes)
+    itemsize = property(lambda self: self._host.itemsize)
+    strides = property(lambda self: self._host.strides)
+    flags = property(lambda self: self._host.flags)
+    device = property(lambda self: Device(0))
+    T = property(lambda self: self._like(self._host.T))
+
+    @property
+    def data(self) -> Pointer:
+        return Pointer(self._memory, self._host.__array_interface__["data"][0])
+
+    def _like(self, host: np.ndarray) -> ndarray:
+        return ndarray(host, self._memory)
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __getitem__(self, place: Any) -> ndarray:
+        view = self._host[place]
+        if not isinstance(view, np.ndarray):
+            view = self._host[(place,) if not isinstance(place, tuple) else place][...]
+        if view.size and not np.shares_memory(view, self._host):
+            raise NotImplementedError("only views")
+        return self._like(view)
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        _eager("assignment")
+        if isinstance(value, np.ndarray) and value.ndim:
+            raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        self._host[place] = value._host if isinstance(value, ndarray) else value
+
+    def reshape(self, *shape: Any) -> ndarray:
+        view = self._host.reshape(*shape)
+        if view.size and not np.shares_memory(view, self._host):
+            raise NotImplementedError("only views")
+        return self._like(view)
+
+    def view(self, dtype: Any = None) -> ndarray:
+        return self._like(self._host.view() if dtype is None else self._host.view(dtype))
+
+    def fill(self, value: Any) -> None:
+        _eager("fill")
+        self._host.fill(value)
+
+    def copy(self) -> ndarray:
+        return asarray(self._host)
+
+    def get(self, stream: Any = None, order: str = "C", out: Any = None) -> Any:
+        _eager("get")
+        if out is None:
+            return self._host.copy()
+        out[...] = self._host
+        return out
+
+    def set(self, values: np.ndarray, stream: Any = None) -> None:
+        _eager("set")
+        if values.dtype != self.dtype or values.shape != self.shape:
+            raise ValueError(f"set: {values.dtype} {values.shape} to {self.dtype} {self.shape}")
+        self._host[...] = values
+
+    def item(self) -> Any:
+        _eager("item")
+        return self._host.item()
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Use `.get()`")
+
+
+ndarray.__module__ = "cupy"
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    _eager("empty")
+    dtype = np.dtype(dtype)
+    sizes = tuple(np.atleast_1d(np.asarray(shape, np.int64)).tolist()) if shape != () else ()
+    count = int(np.prod(sizes, dtype=object)) if sizes else 1
+    if count * dtype.itemsize > Device.memory:
+        raise OutOfMemoryError(f"out of memory allocating {count * dtype.itemsize:,} bytes")
+    mem = memory.Memory(count * dtype.itemsize)
+    return ndarray(mem.bytes.view(dtype).reshape(sizes), mem)
+
+
+def zeros(shape: Any, dtype: Any = float) -> ndarray:
+    array = empty(shape, dtype)
+    array._host[...] = 0
+    return array
+
+
+def asarray(values: Any, dtype: Any = None) -> ndarray:
+    if isinstance(values, ndarray):
+        return values
+    values = np.asarray(values, dtype)
+    array = empty(values.shape, values.dtype)
+    array._host[...] = values
+    return array
+
+
+def asnumpy(array: ndarray) -> np.ndarray:
+    return array.get()
+
+
+class Device:
+    """cupy.cuda.Device."""
+
+    memory = 1 << 32
+    compute_capability = COMPUTE_CAPABILITY
+
+    def __init__(self, number: int = 0) -> None:
+        self.id = number
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+_capturing: list[Callable[[], None]] | None = None
+
+
+def _eager(what: str) -> None:
+    if _capturing is not None:
+        raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
+
+
+class Stream:
+    """cupy.cuda.Stream; everything is done at once."""
+
+    def __init__(self, non_blocking: bool = False) -> None:
+        pass
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin_capture(self) -> None:
+        global _capturing
+        _eager("begin_capture")
+        _capturing = []
+
+    def end_capture(self) -> Graph:
+        global _capturing
+        calls, _capturing = _capturing or [], None
+        return Graph(calls)
+
+    def synchronize(self) -> None:
+        _eager("synchronize")
+
+
+class Graph:
+    """cupy.cuda.graph.Graph."""
+
+    def __init__(self, calls: list[Callable[[], None]]) -> None:
+        self.calls = calls
+
+    def launch(self, stream: Any = None) -> None:
+        _eager("launch")
+        for call in self.calls:
+            call()
+
+
+class Module:
+    """cupy.cuda.function.Module of a shared object that build.py made."""
+
+    def load(self, code: bytes) -> None:
+        self._library = _loaded(code)
+
+    def get_function(self, name: str) -> Function:
+        return Function(self._library, name)
+
+
+class Function:
+    """cupy.cuda.function.Function: checks what CuPy leaves to the hardware, then runs."""
+
+    _turn = itertools.count()
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self.name = name
+        self._run, self._size = getattr(library, f"run_{name}"), getattr(library, f"size_{name}")
+        self._run.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_size_t, ctypes.c_uint64]
+
+    def __call__(self, grid: Any, block: Any, args: Any, shared_mem: int = 0) -> None:
+        values = [np.atleast_1d(np.asarray(a)) for a in args]
+        for i, value in enumerate(values):
+            if value.nbytes != self._size(i):
+                raise TypeError(
+                    f"{self.name}: argument {i} has {value.nbytes} bytes, the kernel takes "
+                    f"{self._size(i)}"
+                )
+        if self._size(len(values)) != -1:
+            raise TypeError(f"{self.name}: {len(values)} arguments are too few")
+        if _capturing is not None:
+            _capturing.append(lambda: self._launch(grid, block, values, shared_mem))
+        else:
+            self._launch(grid, block, values, shared_mem)
+
+    def _launch(self, grid: Any, block: Any, values: list[np.ndarray], shared: int) -> None:
+        schedule = next(self._turn) % SCHEDULES
+        sizes = [np.array((*s, 1, 1)[:3], np.uint32) for s in (grid, block)]
+        places = np.array([v.ctypes.data for v in values], np.uint64)
+        failed = self._run(
+            places.ctypes.data, *(s.ctypes.data for s in sizes), shared, schedule
+        )  # fmt: skip
+        if failed:
+            raise RuntimeError(f"{self.name}: {_message()} (schedule {schedule})")
+        memory.check_canaries()
+
+
+def _message() -> str:
+    text: str = _runtime().host_error().decode()
+    address = re.search(r"address (0x[0-9a-f]+)", text)
+    return f"{text}: {memory.nearest(int(address[1], 16))}" if address else text
+
+
+_libraries: dict[bytes, ctypes.CDLL] = {}
+THREADS = bool(os.environ.get("CUDA_HOST_THREADS"))  # a child process under ThreadSanitizer
+
+
+def _runtime() -> ctypes.CDLL:
+    library = _loaded(build.runtime(THREADS), ctypes.RTLD_GLOBAL)
+    library.host_error.restype = ctypes.c_char_p
+    return library
+
+
+def _loaded(code: bytes, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
+    if code not in _libraries:
+        if mode == ctypes.RTLD_LOCAL:
+            _runtime()  # which kernels link to
+        with tempfile.NamedTemporaryFile(suffix=".so") as file:
+            file.write(code)
+            file.flush()
+            _libraries[code] = ctypes.CDLL(file.name, mode)
+    return _libraries[code]
+
+
+cuda = SimpleNamespace(
+    Device=Device,
+    Stream=Stream,
+    function=SimpleNamespace(Module=Module),
+    memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+    runtime=SimpleNamespace(
+        memGetInfo=lambda: (Device.memory, Device.memory),
+        driverGetVersion=lambda: 13000,
+        getDeviceCount=lambda: 1,
+    ),
+)

@@ -1,0 +1,381 @@
+// The execution model of CUDA on one CPU core: a block at a time, its threads as fibers.
+//
+// A fiber runs until it waits: at __syncthreads, at a warp or warpgroup collective, or polling an
+// mbarrier. `schedule` decides who runs next: 0 in turn; odd: each warp as far ahead as it can get;
+// even: at random. Blocks go forwards, backwards or at random likewise. Asynchronous copies are
+// done as late as the program allows (cp.async, wgmma) or at random moments (bulk copies).
+// Shared memory starts as NaN in every block. With HOST_THREADS each CUDA thread is a std::thread,
+// so that ThreadSanitizer sees a missing barrier as the data race it is.
+#include "async.hpp"
+
+#include <setjmp.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+
+#include <algorithm>
+#include <vector>
+#ifdef HOST_THREADS
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#endif
+
+namespace host {
+
+HOST_LOCAL Thread* current;
+HOST_LOCAL uint3 thread_index;
+HOST_LOCAL unsigned rank;
+uint3 block_index, block_size, grid_size;
+
+namespace {
+
+constexpr size_t STACK = 64 << 10, PAGE = 4096;
+constexpr unsigned MOST_THREADS = 1024;
+constexpr int SECONDS = 120;  // of CPU time, after which a kernel counts as stuck
+
+std::vector<Thread> threads;
+std::vector<unsigned char> dynamic_memory;
+unsigned char* dynamic_start;
+alignas(64) unsigned char slots[2][MOST_THREADS / WARP][WARP][SLOT];
+Body kernel_body;
+void** kernel_arguments;
+char message[512];
+jmp_buf escape;
+uint64_t random_state;
+
+uint64_t next_random() {  // xorshift64
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state;
+}
+
+template <class T> void shuffle(std::vector<T>& order) {
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
+}
+
+void poison(unsigned char* shared, unsigned char* shared_end, size_t dynamic) {
+    if (shared != shared_end) memset(shared, 0xff, shared_end - shared);
+    memset(dynamic_start, 0xff, dynamic);
+}
+
+}  // namespace
+
+unsigned char* dynamic_shared() { return dynamic_start; }
+
+Thread& self() { return *current; }
+
+void fail(const char* what, int line) {
+    snprintf(message, sizeof message, "%s, line %d, thread %u of block (%u, %u, %u)", what, line,
+             rank, block_index.x, block_index.y, block_index.z);
+    longjmp(escape, 1);
+}
+
+unsigned char* deposit(const void* value, unsigned bytes, int line) {
+    const unsigned phase = current->phase++ & 1;  // two sets: a fast lane may be one ahead
+    memcpy(slots[phase][rank / WARP][rank % WARP], value, bytes);
+    wait(AT_WARP_BARRIER, line);
+    return slots[phase][rank / WARP][0];
+}
+
+#ifdef HOST_THREADS
+
+namespace {
+
+struct Barrier {
+    std::mutex mutex;
+    std::condition_variable changed;
+    unsigned expected = 0, arrived = 0, generation = 0;
+    void wait() {
+        std::unique_lock<std::mutex> lock(mutex);
+        const unsigned mine = generation;
+        if (++arrived == expected) {
+            arrived = 0;
+            ++generation;
+            changed.notify_all();
+        } else {
+            changed.wait(lock, [&] { return generation != mine; });
+        }
+    }
+};
+Barrier block_barrier, warp_barrier[MOST_THREADS / WARP];
+
+}  // namespace
+
+void wait(State barrier, int line) {
+    if (barrier == AT_BLOCK_BARRIER) {
+        block_barrier.wait();
+    } else if (barrier == AT_WARP_BARRIER) {
+        warp_barrier[rank / WARP].wait();
+    } else {
+        fprintf(stderr, "line %d: warpgroups and mbarriers need fibers\n", line);
+        abort();
+    }
+}
+
+namespace {
+
+int run_blocks(unsigned char* shared, unsigned char* shared_end, size_t dynamic, uint64_t) {
+    const unsigned count = threads.size();
+    block_barrier.expected = count;
+    for (unsigned w = 0; w < count / WARP; ++w) warp_barrier[w].expected = WARP;
+    std::vector<std::thread> crew;
+    for (unsigned i = 0; i < count; ++i) {
+        crew.emplace_back([=] {
+            current = &threads[i];
+            thread_index = threads[i].index;
+            rank = i;
+            const uint64_t blocks = uint64_t(grid_size.x) * grid_size.y * grid_size.z;
+            for (uint64_t b = 0; b < blocks; ++b) {
+                block_barrier.wait();
+                if (i == 0) {
+                    block_index = {unsigned(b % grid_size.x), unsigned(b / grid_size.x % grid_size.y),
+                                   unsigned(b / grid_size.x / grid_size.y)};
+                    poison(shared, shared_end, dynamic);
+                }
+                block_barrier.wait();
+                kernel_body(kernel_arguments);
+            }
+        });
+    }
+    for (auto& thread : crew) thread.join();
+    return 0;
+}
+
+}  // namespace
+
+#else
+
+namespace {
+
+void* scheduler_stack;
+
+extern "C" void host_switch(void** save, void* to);
+asm(R"(
+.text
+.type host_switch, @function
+host_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+void enter() {
+    kernel_body(kernel_arguments);
+    current->state = DONE;
+    void* never;
+    host_switch(&never, scheduler_stack);
+}
+
+unsigned char* stacks() {
+    static unsigned char* all = [] {
+        auto* p = static_cast<unsigned char*>(mmap(nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE,
+                                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        for (unsigned i = 0; i < MOST_THREADS; ++i) mprotect(p + STACK * i, PAGE, PROT_NONE);
+        return p;
+    }();
+    return all;
+}
+
+void prepare(Thread& thread, unsigned i) {
+    thread.reset();
+    auto** top = reinterpret_cast<void**>(stacks() + STACK * (i + 1) - 64);
+    *--top = nullptr;  // enter() never returns; keeps the stack aligned as a call would
+    *--top = reinterpret_cast<void*>(&enter);
+    for (int k = 0; k < 6; ++k) *--top = nullptr;
+    thread.stack = top;
+}
+
+void resume(Thread& thread, unsigned i) {
+    thread.state = READY;
+    current = &thread;
+    thread_index = thread.index;
+    rank = i;
+    host_switch(&scheduler_stack, thread.stack);
+}
+
+// The threads of [first, last) leave the barrier once all are there. All must have come by one line.
+bool release(State barrier, unsigned first, unsigned last, const char* name) {
+    unsigned there = 0, gone = 0, line = 0;
+    bool same = true;
+    for (unsigned i = first; i < last; ++i) {
+        gone += threads[i].state == DONE;
+        if (threads[i].state != barrier) continue;
+        if (there++ == 0) line = threads[i].line;
+        same &= line == unsigned(threads[i].line);
+    }
+    char what[128];
+    if (there && there + gone == last - first && (gone || !same)) {
+        snprintf(what, sizeof what, gone ? "a thread exited before %s" : "%s diverges", name);
+        fail(what, line);
+    }
+    if (there != last - first) return false;
+    for (unsigned i = first; i < last; ++i) threads[i].state = READY;
+    return true;
+}
+
+void run_block(uint64_t schedule) {
+    const unsigned count = threads.size(), warps = count / WARP;
+    for (unsigned i = 0; i < count; ++i) prepare(threads[i], i);
+    std::vector<unsigned> warp_order(warps), lanes(WARP);
+    for (unsigned w = 0; w < warps; ++w) warp_order[w] = w;
+    for (unsigned i = 0; i < WARP; ++i) lanes[i] = i;
+    for (unsigned idle = 0;;) {
+        bool moved = false, polled = false;
+        unsigned done = 0;
+        if (schedule) shuffle(warp_order);
+        for (unsigned w : warp_order) {
+            bool again = true;
+            while (again) {
+                again = false;
+                if (schedule) shuffle(lanes);
+                for (unsigned l : lanes) {
+                    Thread& thread = threads[w * WARP + l];
+                    if (thread.state != READY && thread.state != POLLING) continue;
+                    polled |= thread.state == POLLING;
+                    resume(thread, w * WARP + l);
+                    moved |= thread.state != POLLING;
+                }
+                if (release(AT_WARP_BARRIER, w * WARP, (w + 1) * WARP, "a warp collective")) {
+                    moved = true;
+                    again = schedule & 1;
+                }
+            }
+        }
+        for (unsigned g = 0; g < count; g += GROUP) {
+            const unsigned last = std::min(g + GROUP, count);
+            moved |= release(AT_GROUP_BARRIER, g, last, "a warpgroup instruction");
+        }
+        moved |= release(AT_BLOCK_BARRIER, 0, count, "__syncthreads");
+        for (const Thread& thread : threads) done += thread.state == DONE;
+        if (done == count) break;
+        if (bulk_copies_pending() && (!moved || !schedule || next_random() % 3 == 0)) {
+            finish_bulk_copy(schedule ? next_random() : 0);
+            moved = true;
+        }
+        idle = moved ? 0 : idle + 1;
+        if (!moved && (!polled || idle > 1000)) fail("deadlock: every thread waits", current->line);
+    }
+    if (bulk_copies_pending()) fail("the block ended with bulk copies in flight", 0);
+}
+
+int run_blocks(unsigned char* shared, unsigned char* shared_end, size_t dynamic, uint64_t schedule) {
+    const uint64_t blocks = uint64_t(grid_size.x) * grid_size.y * grid_size.z;
+    std::vector<uint64_t> order(blocks);
+    for (uint64_t b = 0; b < blocks; ++b) order[b] = schedule & 1 ? blocks - 1 - b : b;
+    if (schedule && !(schedule & 1)) shuffle(order);
+    for (uint64_t b : order) {
+        block_index = {unsigned(b % grid_size.x), unsigned(b / grid_size.x % grid_size.y),
+                       unsigned(b / grid_size.x / grid_size.y)};
+        poison(shared, shared_end, dynamic);
+        run_block(schedule);
+    }
+    return 0;
+}
+
+}  // namespace
+
+void wait(State barrier, int line) {
+    Thread* me = current;
+    me->state = barrier;
+    me->line = line;
+    host_switch(&me->stack, scheduler_stack);
+}
+
+#endif
+
+namespace {
+
+// A guard page was touched, or the kernel does not end: leave it and say so.
+void on_signal(int signal, siginfo_t* info, void*) {
+    if (signal == SIGVTALRM) {
+        snprintf(message, sizeof message, "no end after %d s: an endless loop?", SECONDS);
+    } else {
+        snprintf(message, sizeof message, "address %p is outside every array, thread %u of block (%u, %u, %u)",
+                 info->si_addr, rank, block_index.x, block_index.y, block_index.z);
+    }
+    longjmp(escape, 1);
+}
+
+struct Signals {
+    static constexpr int CAUGHT[3] = {SIGSEGV, SIGBUS, SIGVTALRM};
+    struct sigaction before[3];
+    stack_t stack_before;
+    itimerval timer_before;
+    Signals() {
+        static unsigned char alternate[64 << 10];
+        stack_t stack = {};
+        stack.ss_sp = alternate;
+        stack.ss_size = sizeof alternate;
+        sigaltstack(&stack, &stack_before);
+        struct sigaction action = {};
+        action.sa_sigaction = on_signal;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        for (int i = 0; i < 3; ++i) sigaction(CAUGHT[i], &action, &before[i]);
+        const itimerval limit = {{0, 0}, {SECONDS, 0}};
+        setitimer(ITIMER_VIRTUAL, &limit, &timer_before);
+    }
+    ~Signals() {
+        setitimer(ITIMER_VIRTUAL, &timer_before, nullptr);
+        for (int i = 0; i < 3; ++i) sigaction(CAUGHT[i], &before[i], nullptr);
+        sigaltstack(&stack_before, nullptr);
+    }
+};
+constexpr int Signals::CAUGHT[3];
+
+int run_guarded(unsigned char* shared, unsigned char* shared_end, size_t dynamic, uint64_t schedule) {
+#ifdef HOST_THREADS
+    return run_blocks(shared, shared_end, dynamic, schedule);
+#else
+    Signals signals;
+    if (setjmp(escape)) {
+        drop_bulk_copies();
+        return 1;
+    }
+    return run_blocks(shared, shared_end, dynamic, schedule);
+#endif
+}
+
+}  // namespace
+
+int run(Body body, void** arguments, const unsigned* grid, const unsigned* block, size_t dynamic,
+        unsigned char* shared, unsigned char* shared_end, uint64_t schedule) {
+    const unsigned count = block[0] * block[1] * block[2];
+    if (count == 0 || count > MOST_THREADS || count % WARP) {
+        snprintf(message, sizeof message, "expected a block of whole warps, at most 1024 threads, got %u", count);
+        return 1;
+    }
+    if (!grid[0] || !grid[1] || !grid[2] || grid[0] > 0x7fffffffu || grid[1] > 65535 || grid[2] > 65535) {
+        snprintf(message, sizeof message, "grid (%u, %u, %u) is empty or too large", grid[0], grid[1], grid[2]);
+        return 1;
+    }
+    kernel_body = body;
+    kernel_arguments = arguments;
+    grid_size = {grid[0], grid[1], grid[2]};
+    block_size = {block[0], block[1], block[2]};
+    random_state = schedule * 0x9e3779b97f4a7c15ull + 1;
+    dynamic_memory.resize(dynamic + 1024);
+    dynamic_start = dynamic_memory.data() + (-reinterpret_cast<uintptr_t>(dynamic_memory.data()) & 1023);
+    threads.resize(count);
+    for (unsigned i = 0; i < count; ++i)
+        threads[i].index = {i % block[0], i / block[0] % block[1], i / block[0] / block[1]};
+    return run_guarded(shared, shared_end, dynamic, schedule);
+}
+
+}  // namespace host
+
+extern "C" const char* host_error() { return host::message; }
