@@ -20,6 +20,7 @@ import numpy as np
 from backprop_kernels.errors import DataError, OptionError
 
 from backprop.fit import fit as train_model
+from backprop.logs import CSVLog, JSONLog, Log, TensorBoard
 from backprop.metrics import accuracy, auc, log_loss, mae, r2, rmse
 from backprop.model import MLP, Sequential, load
 from backprop.optimizers import Optimizer, resolve_optimizer
@@ -40,6 +41,7 @@ def fit(options: Namespace) -> None:
     """Train on a table; write the model, its history and a picture of the learning curves."""
     say = _silent if options.quiet else print
     output, history_file, plot_file = _files(options)
+    logs = _logs(options)
     train, valid, encoder = _read_training(options)
     loss = options.loss or LOSSES_OF_TASK[encoder.task][0]
     if loss not in LOSSES_OF_TASK[encoder.task]:
@@ -64,8 +66,8 @@ def fit(options: Namespace) -> None:
     held_out = None if valid is None else (encoder.transform(valid), encoder.encode_target(valid))
     history = train_model(
         model, encoder.transform(train), encoder.encode_target(train), loss, optimizer,
-        options.epochs, batch_size, eval_set=held_out, progress=False if options.quiet else "lines",
-        seed=options.seed,
+        options.epochs, batch_size, eval_set=held_out, clip_norm=options.clip_norm,
+        callbacks=logs, progress=False if options.quiet else "lines", seed=options.seed,
     )  # fmt: skip
     model.save(output)
     history.save(history_file)
@@ -208,6 +210,19 @@ def _files(options: Namespace) -> tuple[Path, Path, Path | None]:
         if file.is_dir():
             raise OptionError(f"fit: {file}: expected a file to write, got a folder")
     return output, history, plot
+
+
+def _logs(options: Namespace) -> list[Log]:
+    logs: list[Log] = []
+    if options.log is not None:
+        kinds = {".csv": CSVLog, ".jsonl": JSONLog}
+        suffix = Path(options.log).suffix
+        if suffix not in kinds:
+            raise OptionError(f"fit: --log: expected a name ending in .csv or .jsonl, got {suffix}")
+        logs.append(kinds[suffix](options.log))
+    if options.tensorboard is not None:
+        logs.append(TensorBoard(options.tensorboard))
+    return logs
 
 
 def _inferred(table: Table, encoder: Encoder) -> str:
