@@ -30,7 +30,7 @@ def add_network(command: argparse.ArgumentParser, hidden: str) -> None:
     option(network, "--dropout", 0.0, "rate after every hidden layer", type=float, metavar="P")
     network.add_argument(
         "--norm", choices=NORMS, metavar="KIND",
-        help=f"{", ".join(NORMS)}: normalise before every activation",
+        help=f"{', '.join(NORMS)}: normalise before every activation",
     )  # fmt: skip
     option(network, "--dtype", DTYPES[0], " or ".join(DTYPES), choices=DTYPES, metavar="NAME")
     add_device(network)

@@ -9,10 +9,10 @@ import numpy as np
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import BackpropError, CheckpointFormatError
 
-from backprop.layers import BatchNorm, LayerNorm, Linear
+from backprop.layers import BatchNorm, LayerNorm, Linear, RMSNorm
 from backprop.model import Sequential
 
-KnownLayer: TypeAlias = Linear | BatchNorm | LayerNorm  # what a foreign file tells of
+KnownLayer: TypeAlias = Linear | BatchNorm | LayerNorm | RMSNorm  # what a foreign file tells of
 Link: TypeAlias = tuple[KnownLayer, dict[str, Array]]  # a layer and its tensors, by their last name
 
 

@@ -20,15 +20,16 @@ from backprop_kernels.errors import CheckpointFormatError
 from backprop_kernels.reference import array_math
 
 from backprop.exchange.chain import Link, build
+from backprop.exchange.to_onnx import DOMAIN, RMS_NORM
 from backprop.extras import need
-from backprop.layers import BatchNorm, LayerNorm, Linear
+from backprop.layers import BatchNorm, LayerNorm, Linear, RMSNorm
 from backprop.model import Sequential
 
 # Both tails, both kinks of every activation in the table, and small numbers.
 POINTS = np.concatenate([np.linspace(-12, 12, 1001), [-60, -1e-3, -1e-6, 0, 1e-6, 1e-3, 60]])
 AGREEMENT = 1e-5  # of max(1, |value|): float32 arithmetic, in any order
 
-LAYERS = ("Gemm", "MatMul", "BatchNormalization", "LayerNormalization")
+LAYERS = ("Gemm", "MatMul", "BatchNormalization", "LayerNormalization", RMS_NORM)
 NOTHING = ("Identity", "Dropout", "Flatten")  # at prediction, for rows of features
 FOLDED = ("Constant", "Identity", "Cast", "Transpose", "Squeeze", "Unsqueeze")  # of constants
 ELEMENTWISE = (
@@ -90,7 +91,8 @@ class Reader:
     def _node(self, node: Any) -> None:
         place = f"node {node.name or node.output[0]} ({node.op_type})"
         inputs = [self.same.get(name, name) for name in node.input if name]
-        if node.domain not in ("", "ai.onnx"):
+        own = (node.domain, node.op_type) == (DOMAIN, RMS_NORM)
+        if node.domain not in ("", "ai.onnx") and not own:
             raise self._refused(place, "an operator of ONNX itself", f"one of {node.domain}")
         if node.op_type in FOLDED and all(name in self.constants for name in inputs):
             values = [self.constants[name] for name in inputs]
@@ -140,10 +142,12 @@ class Reader:
                 b = rest[0].reshape(-1) * attributes.get("beta", 1.0)
                 tensors["bias"] = np.broadcast_to(b, len(W))
             return Linear(W.shape[1], W.shape[0], bias=bool(rest)), tensors
-        tensors = {"weight": W, "bias": rest[0] if rest else np.zeros_like(W)}
         eps = _decimal(attributes.get("epsilon", 1e-5))
         if W.ndim != 1 or attributes.get("axis", -1) not in (-1, 1):
             raise self._refused(place, "a norm of features", f"shape {W.shape}, {attributes}")
+        if node.op_type == RMS_NORM:
+            return RMSNorm(len(W), eps=eps), {"weight": W}
+        tensors = {"weight": W, "bias": rest[0] if rest else np.zeros_like(W)}
         if node.op_type == "LayerNormalization":
             return LayerNorm(len(W), eps=eps), tensors
         tensors |= {"running_mean": rest[1], "running_var": rest[2]}

@@ -24,6 +24,9 @@ from backprop.model import Sequential
 OPSET, IR_VERSION = 17, 8
 MAX_BYTES = 2**31 - 2**20  # of a protobuf message, with room for the graph around the tensors
 
+# Opset 17 has no RMS norm: the file brings it as a function of this domain.
+DOMAIN, RMS_NORM = "fused_backprop", "RMSNormalization"
+
 # ONNX operators that compute exactly this activation, with their attributes.
 OPERATORS: dict[str, tuple[str, dict[str, float]]] = {
     "relu": ("Relu", {}),
@@ -90,11 +93,13 @@ def _network(graph: Graph, model: Sequential) -> str:
     return Y
 
 
-def _operator(layer: Linear | BatchNorm | LayerNorm | RMSNorm) -> tuple[str, dict[str, float]]:
+def _operator(layer: Linear | BatchNorm | LayerNorm | RMSNorm) -> tuple[str, dict[str, Any]]:
     if isinstance(layer, Linear):
         return "Gemm", {"transB": 1}
     if isinstance(layer, LayerNorm):
         return "LayerNormalization", {"epsilon": layer.eps}
+    if isinstance(layer, RMSNorm):
+        return RMS_NORM, {"epsilon": layer.eps, "domain": DOMAIN}
     if isinstance(layer, RMSNorm):
         raise OptionError(
             f"to_onnx: model: expected layers that opset {OPSET} has, got RMSNorm; use to_torch"
@@ -144,13 +149,36 @@ class Graph:
         X, Y = (helper.make_tensor_value_info(n, kind, ["batch", width]) for n, width in ends)
         graph = helper.make_graph(self.nodes, "mlp", [X], [Y], list(self.tensors.values()))
         opset = [helper.make_opsetid("", OPSET)]
+        own = any(node.domain == DOMAIN for node in self.nodes)
         proto = helper.make_model(
-            graph, producer_name="fused-backprop", opset_imports=opset, ir_version=IR_VERSION
-        )
+            graph, producer_name="fused-backprop", ir_version=IR_VERSION,
+            opset_imports=[*opset, helper.make_opsetid(DOMAIN, 1)] if own else opset,
+            functions=[self._rms_norm(opset)] if own else [],
+        )  # fmt: skip
         if model.encoder is not None:
             names = json.dumps(list(model.encoder.feature_names), ensure_ascii=False)
             helper.set_model_props(proto, {"feature_names": names})
         return proto
+
+    def _rms_norm(self, opset: list[Any]) -> Any:
+        """Y = scale X/√(mean X² + epsilon), as a function of the file."""
+        node, protos = self.onnx.helper.make_node, self.onnx
+        epsilon = node("Constant", [], ["e"])
+        kind = protos.AttributeProto.FLOAT
+        reference = protos.AttributeProto(name="value_float", ref_attr_name="epsilon", type=kind)
+        epsilon.attribute.append(reference)
+        nodes = [
+            node("Mul", ["X", "X"], ["square"]),
+            node("ReduceMean", ["square"], ["mean"], axes=[-1]),
+            epsilon,
+            node("CastLike", ["e", "X"], ["eps"]),
+            node("Add", ["mean", "eps"], ["shifted"]),
+            node("Sqrt", ["shifted"], ["root"]),
+            node("Div", ["X", "root"], ["unit"]),
+            node("Mul", ["unit", "scale"], ["Y"]),
+        ]
+        make = self.onnx.helper.make_function
+        return make(DOMAIN, RMS_NORM, ["X", "scale"], ["Y"], nodes, opset, ["epsilon"])
 
 
 class Value:

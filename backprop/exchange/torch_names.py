@@ -102,7 +102,7 @@ def from_torch(
     chain = [_layer(place, tensors, where) for place, tensors in _places(source).items()]
     for i, (layer, tensors) in enumerate(chain):
         after = chain[i + 1][0] if i + 1 < len(chain) else None
-        if isinstance(layer, Linear) and isinstance(after, BatchNorm | LayerNorm):
+        if isinstance(layer, Linear) and not isinstance(after, Linear | None):
             continue  # the norm has the activation
         name = output_activation if after is None else activation
         chain[i] = replace(layer, activation=name), tensors
@@ -129,10 +129,13 @@ def _layer(place: str, tensors: dict[str, Array], where: str) -> Link:
         return Linear(weight.shape[1], weight.shape[0], bias="bias" in kinds), tensors
     if weight is not None and weight.ndim == 1 and kinds == {"weight", "bias"}:
         return LayerNorm(len(weight)), tensors
+    if weight is not None and weight.ndim == 1 and kinds == {"weight"}:
+        return RMSNorm(len(weight)), tensors
     norm = {"weight", "bias", "running_mean", "running_var"}
     if weight is not None and weight.ndim == 1 and kinds == norm:
         return BatchNorm(len(weight)), tensors
     shapes = ", ".join(f"{kind} {tensors[kind].shape}" for kind in sorted(kinds))
     raise CheckpointFormatError(
-        f"{where}: module {place!r}: expected a Linear, BatchNorm1d or LayerNorm, got {shapes}"
+        f"{where}: module {place!r}: expected Linear, BatchNorm1d, LayerNorm or RMSNorm, "
+        f"got {shapes}"
     )

@@ -42,12 +42,15 @@ def randomized(model: bp.Sequential, seed: int = 0) -> bp.Sequential:
 def network(activation: str, dtype: str = "float64") -> bp.Sequential:
     """Every kind of layer. Powers of two for eps: an attribute of ONNX is a float32."""
     layers = [
+        bp.Dropout(0.25),
         bp.Linear(5, 7, activation=activation),
         bp.Dropout(0.5),
         bp.Linear(7, 6, bias=False),
         bp.LayerNorm(6, activation=activation, eps=2**-10),
         bp.Linear(6, 4, bias=False),
         bp.BatchNorm(4, activation=activation, momentum=0.25, eps=2**-17),
+        bp.Linear(4, 4, bias=False),
+        bp.RMSNorm(4, activation=activation, eps=2**-8),
         bp.Linear(4, 3),
     ]
     return randomized(bp.Sequential(layers, dtype=dtype))
@@ -86,8 +89,8 @@ def test_onnx_computes_what_predict_does_and_comes_back(activation: str, tmp_pat
         assert type(layer) is type(read)
         wanted = layer.activation if layer.activation == "identity" else expected  # type: ignore[union-attr]
         assert read.activation == wanted  # type: ignore[union-attr]
-    norms = [layer for layer in back.layers if isinstance(layer, bp.LayerNorm | bp.BatchNorm)]
-    assert [norm.eps for norm in norms] == pytest.approx([2**-10, 2**-17], rel=1e-6)
+    norms = [layer for layer in back.layers if not isinstance(layer, bp.Linear)]
+    assert [norm.eps for norm in norms] == pytest.approx([2**-10, 2**-17, 2**-8], rel=1e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -264,7 +267,7 @@ def test_names_are_taken_in_the_order_of_their_numbers() -> None:
 def test_state_dicts_that_are_no_mlp_are_refused() -> None:
     W = np.ones((2, 3))
     for state, message in [
-        ({"0.weight": np.ones((2, 3, 3, 3))}, "module '0': expected a Linear, .* got weight"),
+        ({"0.weight": np.ones((2, 3, 3, 3))}, "module '0': expected Linear, .* got weight"),
         ({"0.weight": W, "2.weight": W}, "expected 2 input features"),
         ({}, "expected at least one Linear"),
         ({"0.weight": W, "0.bias": np.ones(3)}, r"layers.0.bias: expected \(2,\), got \(3,\)"),
