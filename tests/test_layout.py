@@ -11,7 +11,7 @@ from backprop_kernels.operators import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels" / "backprop_kernels"
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 LONGEST = 500
 LONGER_FOR_A_REASON: dict[str, str] = {}  # file: why it is one idea
 

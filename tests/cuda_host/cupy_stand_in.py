@@ -55,6 +55,7 @@ class ndarray:
     flags = property(lambda self: self._host.flags)
     device = property(lambda self: Device(0))
     T = property(lambda self: self._like(self._host.T))
+    real = property(lambda self: self)
 
     @property
     def data(self) -> Pointer:

@@ -5,14 +5,26 @@ Hot path: an operator's file → its `.cu` → `include/product.cuh`. `compile.p
 arrays of float32 or float64. Importing it loads neither CuPy nor NVRTC.
 """
 
+from backprop_kernels.cuda.batch_norm import batch_norm_backward, batch_norm_forward
+from backprop_kernels.cuda.gather_rows import gather_rows
 from backprop_kernels.cuda.launch import capture
+from backprop_kernels.cuda.layer_norm import layer_norm_backward, layer_norm_forward
 from backprop_kernels.cuda.linear_dgrad import linear_dgrad
 from backprop_kernels.cuda.linear_forward import linear_forward
 from backprop_kernels.cuda.linear_wgrad import linear_wgrad
+from backprop_kernels.cuda.loss import loss
+from backprop_kernels.cuda.optimizer_step import optimizer_step
 
 __all__ = [
+    "batch_norm_backward",
+    "batch_norm_forward",
     "capture",
+    "gather_rows",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "linear_dgrad",
     "linear_forward",
     "linear_wgrad",
+    "loss",
+    "optimizer_step",
 ]

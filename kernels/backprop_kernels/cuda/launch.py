@@ -132,6 +132,14 @@ def copy(to: Array, source: Array) -> None:
         to.set(source)
 
 
+def constant(values: Any, dtype: Any) -> Array:
+    """Host numbers on the device, copied now even while this thread is capturing."""
+    numbers = np.ascontiguousarray(values, dtype)
+    array = empty(numbers.shape, dtype)
+    copy(array, numbers)
+    return array
+
+
 def on_device(where: str, **arrays: Array | None) -> None:
     """Refuse what a kernel cannot take: host arrays, another device's, misaligned memory."""
     devices = {}

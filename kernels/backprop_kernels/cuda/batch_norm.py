@@ -1,0 +1,119 @@
+"""batch_norm: statistics over the batch.  docs/derivations.md#batch_norm
+
+The kernels and their contract: batch_norm.cu; sums over the blocks: column_sums.cu.
+"""
+
+from __future__ import annotations
+
+from backprop_kernels import checks
+from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.cuda.epilogue import column_sums, dropout_arguments, saved_output, variant
+from backprop_kernels.cuda.launch import empty, launch, on_device
+from backprop_kernels.cuda.rows import THREADS, division
+
+
+def batch_norm_forward(
+    X: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    dropout: Dropout | None = None,
+    out: tuple[Array | None, Array | None, Array | None, Array | None] | None = None,
+) -> tuple[Array, Array | None, Array, Array]:
+    """X (batch, features) → Y, saved, mean (features), rstd (features).
+
+    Training uses the batch's mean and biased variance, and moves running_mean and running_var
+    (unbiased, as PyTorch does) towards them by `momentum`; else the running ones are used.
+    """
+    checks.norm_forward(
+        "batch_norm_forward", X, gamma, beta, activation, dropout, out, X.shape[1],
+        running_mean=running_mean, running_var=running_var,
+    )  # fmt: skip
+    Y, kept, mean, rstd = out or (None, None, None, None)
+    on_device(
+        "batch_norm_forward", X=X, gamma=gamma, beta=beta, running_mean=running_mean,
+        running_var=running_var, out_Y=Y, out_saved=kept, out_mean=mean, out_rstd=rstd,
+    )  # fmt: skip
+    rows, columns = X.shape
+    Y = empty(X.shape, X.dtype) if Y is None else Y
+    mean = empty((columns,), X.dtype) if mean is None else mean
+    rstd = empty((columns,), X.dtype) if rstd is None else rstd
+    saved, kept = saved_output(Y, kept, activation, dropout, out is None)
+    if not columns:
+        return Y, saved, mean, rstd
+
+    unit = Unit("batch_norm.cu", variant(X.dtype, activation))
+    work, real = division(rows, columns), X.dtype.type
+    grid, strips, block = (work.blocks,), (-(-columns // THREADS),), (THREADS,)
+    if training and rows:
+        sums, squares = (empty((work.blocks, columns), X.dtype) for _ in range(2))
+        launch(unit, "batch_norm_blocks", grid, block, X, sums, squares, *work.arguments)
+        launch(
+            unit, "batch_norm_statistics", strips, block, sums, squares, work.blocks, mean, rstd,
+            running_mean, running_var, real(momentum), real(eps), rows, columns,
+            work.rows_per_block,
+        )  # fmt: skip
+    else:
+        launch(
+            unit, "batch_norm_running", strips, block, running_mean, running_var, mean, rstd,
+            real(eps), columns,
+        )  # fmt: skip
+    if rows:
+        launch(
+            unit, "batch_norm_forward", grid, block, X, gamma, beta, mean, rstd, Y, kept,
+            *work.arguments, *dropout_arguments(dropout, X.dtype),
+        )  # fmt: skip
+    return Y, saved, mean, rstd
+
+
+def batch_norm_backward(
+    dZ: Array,
+    X: Array,
+    gamma: Array,
+    mean: Array,
+    rstd: Array,
+    saved: Array | None = None,
+    activation: str = "identity",
+    dropout: Dropout | None = None,
+    out: tuple[Array | None, Array | None, Array | None] | None = None,
+) -> tuple[Array, Array | None, Array | None]:
+    """dZ (batch, features), the layer below → dZ_prev, db_prev, dgamma (dbeta is dZ's own db)."""
+    checks.norm_backward(
+        "batch_norm_backward", dZ, X, gamma, mean, rstd, saved, activation, dropout, out, X.shape[1]
+    )
+    rows, columns = X.shape
+    dZ_prev, db_prev, dgamma = out or (None, empty((columns,), X.dtype), None)
+    on_device(
+        "batch_norm_backward", dZ=dZ, X=X, gamma=gamma, mean=mean, rstd=rstd, saved=saved,
+        out_dZ_prev=dZ_prev, out_db_prev=db_prev, out_dgamma=dgamma,
+    )  # fmt: skip
+    dZ_prev = empty(X.shape, X.dtype) if dZ_prev is None else dZ_prev
+    dgamma = empty((columns,), X.dtype) if dgamma is None else dgamma
+    dbeta = empty((columns,), X.dtype)
+
+    unit = Unit("batch_norm.cu", variant(X.dtype, activation))
+    work = division(rows, columns)
+    grid, block = (work.blocks,), (THREADS,)
+    sums, products, partial = (empty((work.blocks, columns), X.dtype) for _ in range(3))
+    if dZ_prev.size:
+        launch(
+            unit, "batch_norm_products", grid, block, dZ, X, mean, rstd, sums, products,
+            *work.arguments,
+        )  # fmt: skip
+    column_sums(sums, dbeta)
+    column_sums(products, dgamma)
+    if dZ_prev.size:
+        launch(
+            unit, "batch_norm_backward", grid, block, dZ, X, gamma, mean, rstd, dbeta, dgamma,
+            saved, dZ_prev, None if db_prev is None else partial, *work.arguments,
+            *dropout_arguments(dropout, X.dtype),
+        )  # fmt: skip
+    if db_prev is not None:
+        column_sums(partial, db_prev)
+    return dZ_prev, db_prev, dgamma

@@ -1,0 +1,146 @@
+"""loss: value, dZ and db in one pass.  docs/derivations.md#loss
+
+The kernels and their contracts: loss.cu, loss_cross_entropy.cu, loss_gaussian_nll.cu; the rows'
+shares and the sum of the values: loss_sums.cu; db is finished by column_sums.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from backprop_kernels import checks
+from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.arrays import Array
+from backprop_kernels.cuda import code
+from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.cuda.epilogue import column_sums, plain_variant, variant
+from backprop_kernels.cuda.launch import constant, empty, launch, on_device, recording
+from backprop_kernels.cuda.rows import THREADS, blocks_for, division
+from backprop_kernels.losses import LOSSES
+
+LABELS = {
+    "int8": "signed char", "int16": "short", "int32": "int", "int64": "long long",
+    "uint8": "unsigned char", "uint16": "unsigned short", "uint32": "unsigned",
+    "uint64": "unsigned long long",
+}  # fmt: skip
+
+
+def loss(
+    Z: Array,
+    target: Array,
+    name: str = "mse",
+    options: Mapping[str, Any] | None = None,
+    activation: str = "identity",
+    sample_weight: Array | None = None,
+    out: tuple[Array | None, Array | None, Array | None] | None = None,
+) -> tuple[Array, Array, Array | None]:
+    """Z (batch, out), target → loss (), dZ (batch, out), db (out) = column sums of dZ.
+
+    The loss is taken of Y = activation(Z). target is (batch, out); for cross_entropy also
+    (batch,) class ids; for gaussian_nll (batch, out/2). An empty batch, or weights that sum to
+    zero, give a loss and gradients of exactly 0. A class id out of range is an error here; in a
+    captured program, which cannot raise, it makes the loss NaN.
+    """
+    checks.loss(Z, target, name, options or {}, activation, sample_weight, out)
+    options = {**LOSSES[name].options, **(options or {})}
+    value, dZ, db = out or (None, None, empty(Z.shape[1:], Z.dtype))
+    on_device(
+        "loss", Z=Z, target=target, sample_weight=sample_weight, out_value=value, out_dZ=dZ,
+        out_db=db,
+    )  # fmt: skip
+    value = empty((), np.float64) if value is None else value
+    dZ = empty(Z.shape, Z.dtype) if dZ is None else dZ
+    rows, columns = Z.shape
+    work = division(rows, columns)
+    blocks = work.blocks if columns else 0
+    partial, values = empty((blocks, columns), Z.dtype), empty((blocks,), np.float64)
+    ids = name == "cross_entropy" and target.ndim == 1
+    class_weight = _option(options.get("class_weight"), Z.dtype)[1]
+
+    shares = None
+    if rows and (ids or sample_weight is not None):
+        shares = _shares(Z, target if ids else None, options, class_weight, sample_weight)
+    if blocks:
+        share = Z.dtype.type(1 / rows)
+        common = shares, share, dZ, partial, values, *work.arguments
+        grid, block = (blocks,), (THREADS,)
+        if name == "cross_entropy":
+            targets = (target, None) if ids else (None, target)
+            smoothing = _option(options["label_smoothing"], Z.dtype)[0]
+            text = variant(Z.dtype, activation) + _labels(target if ids else None)
+            launch(
+                Unit("loss_cross_entropy.cu", text), "loss_cross_entropy", grid, block, Z,
+                *targets, *common, smoothing, class_weight,
+            )  # fmt: skip
+        elif name == "gaussian_nll":
+            unit = Unit("loss_gaussian_nll.cu", variant(Z.dtype, activation))
+            launch(unit, "loss_gaussian_nll", grid, block, Z, target, *common)
+        else:
+            numbers = [_option(v, Z.dtype) for v in (*options.values(), 0, 0)][:2]
+            unit = Unit("loss.cu", _elementwise(Z.dtype, name, activation))
+            launch(unit, "loss", grid, block, Z, target, *common, *numbers[0], *numbers[1])
+    launch(_sums(Z.dtype, None), "loss_value", (1,), (THREADS,), values, blocks, value)
+    if db is not None:
+        column_sums(partial, db)
+    return value, dZ, db
+
+
+def _shares(
+    Z: Array, labels: Array | None, options: Mapping[str, Any], class_weight: Array | None,
+    weights: Array | None,
+) -> Array:  # fmt: skip
+    """(rows,): what each row weighs in the mean. Checks class ids before anything is written."""
+    rows, classes = Z.shape
+    ignored = int(options.get("ignore_index", 0))
+    blocks = blocks_for(rows)
+    totals, wrong = empty((blocks,), np.float64), empty((blocks,), np.int64)
+    shares = empty((rows,), Z.dtype)
+    unit, grid, block = _sums(Z.dtype, labels), (blocks,), (THREADS,)
+    common = weights, labels, ignored, classes
+    launch(unit, "loss_weights", grid, block, *common, class_weight, totals, wrong, rows)
+    if labels is not None and not recording() and wrong.get().any():
+        checks.class_ids(labels.get(), classes, ignored)
+    launch(unit, "loss_shares", grid, block, *common, totals, blocks, shares, rows)
+    return shares
+
+
+def _sums(dtype: np.dtype[Any], labels: Array | None) -> Unit:
+    return Unit("loss_sums.cu", plain_variant(dtype) + _labels(labels))
+
+
+def _labels(labels: Array | None) -> str:
+    """A line of variant.cuh: the type of class ids."""
+    return f"using label_t = {LABELS['int64' if labels is None else str(labels.dtype)]};\n"
+
+
+def _option(value: Any, dtype: np.dtype[Any]) -> tuple[Any, Array | None]:
+    """(a number for all outputs, an array of one for each); no class weights: each is 1."""
+    if np.ndim(value) == 0:
+        return dtype.type(1 if value is None else value), None
+    return dtype.type(1), constant(value, dtype)
+
+
+@cache
+def _elementwise(dtype: np.dtype[Any], name: str, activation: str) -> str:
+    """variant.cuh: the loss of one output and its derivative, both by z."""
+    row, act = LOSSES[name], ACTIVATIONS[activation]
+    used = len(row.options)
+
+    def value(z: Any, t: Any, *options: Any) -> Any:
+        return row.value(code, act.forward(code, z), t, *options[:used])  # type: ignore[misc]
+
+    def gradient(z: Any, t: Any, *options: Any) -> Any:
+        y = act.forward(code, z)
+        slope = act.derivative(code, y if act.saves == "Y" else z)
+        return row.gradient(code, y, t, *options[:used]) * slope  # type: ignore[misc]
+
+    parameters = ["z", "t", "a", "b"]
+    return code.variant(
+        dtype,
+        code.function("value", parameters, value),
+        code.function("gradient", parameters, gradient),
+    )
