@@ -7,6 +7,7 @@ only compile the same thing twice. Where no private folder can be written, one w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -16,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 DIGEST = hashlib.sha256
+_warned = False
 
 
 @cache
@@ -27,8 +29,9 @@ def folder(name: str) -> Path | None:
             raise OSError(f"{base} is not an absolute path")
         top = Path(base) / "fused-backprop"
         place = top / name
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        Path(base).mkdir(parents=True, exist_ok=True)
         for part in (top, place):
+            part.mkdir(mode=0o700, exist_ok=True)
             status = part.lstat()
             if part.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
                 raise OSError(f"{part} could be written by others")
@@ -59,20 +62,32 @@ def _read(file: Path) -> bytes | None:
         return None
     size = DIGEST().digest_size
     code = data[size:]
-    return code if code and DIGEST(code).digest() == data[:size] else None
+    return code if data[:size] == _checksum(file, code) else None
 
 
 def _write(file: Path, code: bytes) -> None:
+    temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(dir=file.parent)
         with os.fdopen(handle, "wb") as stream:
-            stream.write(DIGEST(code).digest() + code)
+            stream.write(_checksum(file, code) + code)
         os.replace(temporary, file)
     except OSError as problem:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         _warn(problem)
 
 
+def _checksum(file: Path, code: bytes) -> bytes:
+    """Of the name as well: a file under another's name is no file of that kernel."""
+    return DIGEST(file.name.encode() + b"\0" + code).digest()
+
+
 def _warn(problem: Exception) -> None:
+    global _warned
+    if _warned:
+        return
+    _warned = True
     warnings.warn(
         f"kernels are not cached ({problem}), so every process compiles them again; point "
         "XDG_CACHE_HOME at a folder that only you can write",
