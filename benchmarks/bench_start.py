@@ -1,6 +1,6 @@
 """What the first step costs, on a machine and in a process: `make bench-start`.
 
-Fresh interpreters, from import to the end of `bp.fit` of MLP [784, 256, 10], cross-entropy, Adam, on
+Fresh interpreters, from import to the end of `bp.fit` of MLP [784, 256, 10], cross-entropy, Adam,
 two batches of 128: with an empty cache (a fresh install), with a filled one (every later process),
 and eight at once with an empty one. Prints a table and appends a line to results/start.csv.
 """

@@ -63,8 +63,7 @@ def _kernels() -> list[tuple[str, str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # told below: no cache folder
-            import llvmlite.binding as llvm
-            from backprop_kernels.cpu.compile import cache_folder
+            from backprop_kernels.cpu.compile import cache_folder, cpu_name
             from backprop_kernels.cpu.threads import get_num_threads
 
             _train_a_little()
@@ -76,8 +75,7 @@ def _kernels() -> list[tuple[str, str]]:
     return [
         (
             "kernels",
-            f"work, compiled for {llvm.get_host_cpu_name()}: gradients checked by complex step, "
-            f"{seconds:.1f} s",
+            f"work, compiled for {cpu_name()}: gradients checked by complex step, {seconds:.1f} s",
         ),
         ("threads", f"{get_num_threads()}"),
         ("kernel cache", _cache(folder)),

@@ -55,6 +55,12 @@ def call(entry: int) -> Callable[..., int]:
 
 
 def _compile(name: str, function: Callable[..., Any], parameters: int) -> bytes:
+    module = llvm.parse_assembly(llvm_text(name, function, parameters))
+    return bytes(_target_machine().emit_object(module))
+
+
+def llvm_text(name: str, function: Callable[..., Any], parameters: int) -> str:
+    """The LLVM module that Numba makes of `function`, under `name`."""
     import numba
     from numba import types
 
@@ -70,8 +76,7 @@ def _compile(name: str, function: Callable[..., Any], parameters: int) -> bytes:
     )(function)
     text = compiled.inspect_llvm(compiled.signatures[0])
     symbol = compiled.overloads[compiled.signatures[0]].fndesc.llvm_func_name
-    module = llvm.parse_assembly(text.replace(symbol, name))
-    return bytes(_target_machine().emit_object(module))
+    return str(text.replace(symbol, name))
 
 
 def _load(name: str, code: bytes) -> int:
@@ -87,14 +92,20 @@ def _target_machine() -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=cpu_features(), opt=3, jit=True
+        cpu=cpu_name(), features=cpu_features(), opt=3, jit=True
     )
 
 
 @cache
+def cpu_name() -> str:
+    """LLVM's name of the CPU to compile for: this one, or NUMBA_CPU_NAME."""
+    return os.environ.get("NUMBA_CPU_NAME") or str(llvm.get_host_cpu_name())
+
+
+@cache
 def cpu_features() -> str:
-    """The host's features as LLVM writes them: "+avx2,+fma,-avx512f,…"."""
-    return str(llvm.get_host_cpu_features().flatten())
+    """Its features as LLVM writes them, "+avx2,+fma,-avx512f,…", or NUMBA_CPU_FEATURES."""
+    return os.environ.get("NUMBA_CPU_FEATURES") or str(llvm.get_host_cpu_features().flatten())
 
 
 @cache
@@ -107,7 +118,7 @@ def fingerprint() -> str:
     except PackageNotFoundError:
         numba_version = "unknown"
     digest = machine_code_cache.DIGEST()
-    facts = (numba_version, llvmlite.__version__, llvm.get_host_cpu_name(), cpu_features())
+    facts = (numba_version, llvmlite.__version__, cpu_name(), cpu_features())
     import numpy
 
     for fact in (*facts, llvm.get_process_triple(), numpy.__version__):
