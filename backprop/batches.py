@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import BackpropError, ShapeError
 
 from backprop.arena import aligned_zeros
+from backprop.memory import HOST, Memory
 
 BLOCK_BYTES = 2**21  # rows read together: long enough for a disk's full speed
 WINDOW_BLOCKS = 16  # blocks whose rows are shuffled together; three windows are held in memory
@@ -106,20 +107,32 @@ class Batches:
         batch_size: int,
         shuffle: bool = True,
         seed: int = 0,
+        memory: Memory = HOST,
     ) -> None:
         self.backend = backend
+        self.memory = memory
         self.columns = columns
         self.rows = len(columns[0])
         self.size = min(batch_size, self.rows)
         self.shuffle = shuffle
         self.seed = seed
-        self.full = self._buffers(self.size)  # arrays like those of a full batch
         self._gathers: dict[int, tuple[Callable[..., None], list[Array]]] = {}
         streamed = [column for column in columns if isinstance(column, Rows)]
         self._stream = _Stream(self, streamed) if streamed else None
+        self.resident = not streamed and memory.fits(
+            [c for c in columns if not isinstance(c, Rows)]
+        )
+        self.full = self._buffers(self.size)  # arrays like those of a full batch
+        if self.resident:
+            self.columns = [memory.place(column) for column in columns]
+            self.full = [memory.place(buffer) for buffer in self.full]
 
-    def epoch(self, epoch: int) -> Iterator[list[Array]]:
+    def epoch(self, epoch: int) -> Iterator[Sequence[Array]]:
         """The batches of epoch `epoch` (from 0); each is good until the next. The last is short."""
+        batches = self._epoch(epoch)
+        return batches if self.resident else self.memory.ahead(batches)
+
+    def _epoch(self, epoch: int) -> Iterator[Sequence[Array]]:
         if self._stream is not None:
             for window in self._stream.windows(self._rng(epoch)):
                 yield from parts(window, self.size)
@@ -140,15 +153,24 @@ class Batches:
         """The rows `index` of arrays in memory, in buffers that every batch shares."""
         if len(index) not in self._gathers:
             batch = [buffer[: len(index)] for buffer in self.full]
-
-            def operators(index: Array) -> None:
-                for column, rows in zip(self.columns, batch, strict=True):
-                    self.backend.gather_rows(column, index, out=rows)
-
-            self._gathers[len(index)] = self.backend.capture(operators, index), batch
+            self._gathers[len(index)] = self._gather(index, batch), batch
         gather, batch = self._gathers[len(index)]
         gather(index)
         return batch
+
+    def _gather(self, index: Array, batch: list[Array]) -> Callable[..., None]:
+        def on_device(index: Array) -> None:
+            for column, rows in zip(self.columns, batch, strict=True):
+                self.backend.gather_rows(column, index, out=rows)
+
+        def here(index: Array) -> None:  # data that the device has no room for
+            for column, rows in zip(self.columns, batch, strict=True):
+                np.take(cast(Array, column), index, axis=0, out=rows, mode="clip")
+
+        if not self.resident:
+            return here
+        program: Callable[..., None] = self.backend.capture(on_device, index)
+        return program
 
 
 class _Stream:

@@ -7,7 +7,7 @@ MINIMUM_DRIVER = 12000  # as the CUDA runtime counts: 12.0
 
 
 def cuda_problem() -> str:
-    """Why CUDA cannot be used here, and what to do about it."""
+    """Why CUDA cannot be used here, and what to do about it; empty where it can."""
     try:
         import cupy
     except ImportError:
@@ -28,7 +28,14 @@ def cuda_problem() -> str:
         return f"the NVIDIA driver reports no usable device ({problem}); see nvidia-smi"
     if count == 0:
         return "the NVIDIA driver is installed but there is no device; see nvidia-smi"
-    return "a GPU is here, but this version has CPU kernels only; use device='cpu'"
+    return ""
+
+
+def cuda_devices() -> int:
+    """How many GPUs there are, where there is no `cuda_problem`."""
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
 
 
 def _version(number: int) -> str:

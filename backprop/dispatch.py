@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from backprop_kernels.errors import DeviceUnavailableError, KindError, OptionError
 
-from backprop.device import cuda_problem
+from backprop.device import cuda_devices, cuda_problem
+from backprop.memory import HOST, Memory
 
 
 def for_arrays(where: str, *arrays: Any) -> ModuleType:
@@ -46,10 +47,35 @@ def for_device(device: str) -> ModuleType:
 
         return reference
     if isinstance(device, str) and re.fullmatch(r"cuda(:[0-9]+)?", device):
-        raise DeviceUnavailableError(f'device "{device}": {cuda_problem()}')
+        return _cuda(device)
     raise OptionError(
         f'device: expected "auto", "cpu", "cuda", "cuda:N" or "reference", got {device!r}'
     )
+
+
+def memory_of(device: str) -> Memory:
+    """Where the arrays of a model on this device live."""
+    if not device.startswith("cuda"):
+        return HOST
+    from backprop_kernels.cuda.memory import DeviceMemory
+
+    return DeviceMemory(_number(device))
+
+
+def _number(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+def _cuda(device: str) -> ModuleType:
+    if problem := cuda_problem():
+        raise DeviceUnavailableError(f'device "{device}": {problem}')
+    if _number(device) >= cuda_devices():
+        raise DeviceUnavailableError(
+            f'device "{device}": expected a number below {cuda_devices()}, the devices here'
+        )
+    from backprop_kernels import cuda
+
+    return cuda
 
 
 @cache

@@ -79,7 +79,7 @@ def fit(
                 f"got {type(callback).__name__}"
             )
 
-    batches = Batches(model.backend, columns, int(batch_size), shuffle, seed)
+    batches = Batches(model.backend, columns, int(batch_size), shuffle, seed, model.memory)
     rows = batches.rows
     step = TrainStep(model, loss, optimizer, batches.size, clip_norm, seed)
     history = History()
@@ -110,7 +110,9 @@ def evaluate_loss(model: Sequential, X: Array | Rows, y: Array | Rows, loss: Los
     options = options_for_kernel(loss, model.out_features)
     for Y, (_, target) in model.outputs([X, y], PREDICT_ROWS):
         counted = _weight(target, loss)
-        total += counted * float(model.backend.loss(Y, target, loss.name, options)[0])
+        with model.memory as memory:
+            value, *_ = model.backend.loss(Y, memory.place(target), loss.name, options)
+        total += counted * float(value)
         weight += counted
     return total / weight if weight else 0.0
 

@@ -90,9 +90,11 @@ def complex_loss(
     inputs = model.inputs(X, "gradcheck").astype(np.complex128)
     target = loss.targets(y, len(inputs), model.out_features, np.float64)
     weight = None if sample_weight is None else np.asarray(sample_weight, np.float64)
-    parameters: Array = model.parameters.astype(np.complex128)
+    parameters: Array = model.memory.numpy(model.parameters).astype(np.complex128)
     gradients = np.zeros_like(parameters)
-    statistics = {name: s.astype(np.complex128) for name, s in model.statistics.items()}
+    statistics = {
+        name: model.memory.numpy(s).astype(np.complex128) for name, s in model.statistics.items()
+    }
     plan = Plan(
         model.layers, parameters, statistics, reference,
         Workspace(len(inputs), np.complex128), len(inputs), gradients,

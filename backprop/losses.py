@@ -165,6 +165,11 @@ def resolve_loss(loss: str | Loss) -> Loss:
 
 def as_numbers(where: str, argument: str, value: Any) -> Array:
     """`value` as a numeric NumPy array, or an error that says what came instead."""
+    if hasattr(value, "__cuda_array_interface__"):
+        raise KindError(
+            f"{where}: {argument}: expected an array in host memory, got one on a GPU "
+            f"({type(value).__module__}.{type(value).__name__}); copy with cupy.asnumpy(x)"
+        )
     try:
         array = np.asarray(value)
     except ValueError as problem:  # ragged lists

@@ -20,9 +20,9 @@ from backprop_kernels.errors import (
     ShapeError,
 )
 
-from backprop.arena import Layout, aligned_zeros
+from backprop.arena import Layout
 from backprop.batches import Rows, is_streamed, parts
-from backprop.dispatch import for_device
+from backprop.dispatch import for_device, memory_of
 from backprop.initializers import INITIALIZERS
 from backprop.layers import NORMS, Dropout, Layer, Linear, check_chain, mlp_layers
 from backprop.losses import as_numbers, refuse_non_finite
@@ -67,14 +67,17 @@ class Sequential:
             checks.integer("Sequential", "seed", seed, 0)
         self.device = device
         self.backend = for_device(device)
+        self.memory = memory_of(device)
         self.frozen: set[str] = set()  # names of tensors that training leaves alone
         self.encoder: Any = None  # how raw table rows become X, where the model was fitted on one
         self.layout = Layout(self.layers)
-        self.parameters = aligned_zeros(self.layout.size, self.dtype)
+        self.parameters = self.memory.zeros(self.layout.size, self.dtype)
         self.statistics = {
-            name: (np.ones if name.endswith("var") else np.zeros)(shape, self.dtype)
+            name: self.memory.zeros(shape, self.dtype)
             for name, shape in self.layout.statistics.items()
         }
+        for name, statistic in self.statistics.items():
+            self.memory.fill(statistic, 1.0 if name.endswith("var") else 0.0)
         self._initialize(np.random.default_rng(seed))
 
     def _initialize(self, rng: np.random.Generator) -> None:
@@ -83,9 +86,10 @@ class Sequential:
             if isinstance(layer, Linear):
                 init = ACTIVATIONS[layer.activation].init if layer.init == "auto" else layer.init
                 draw = INITIALIZERS[init]
-                views[f"{prefix}.weight"][...] = draw(rng, layer.out_features, layer.in_features)
+                weight = draw(rng, layer.out_features, layer.in_features)
+                self.memory.fill(views[f"{prefix}.weight"], weight)
             elif not isinstance(layer, Dropout):
-                views[f"{prefix}.weight"][...] = 1.0
+                self.memory.fill(views[f"{prefix}.weight"], 1.0)
 
     @property
     def in_features(self) -> int:
@@ -146,7 +150,7 @@ class Sequential:
         X = self.column(X, "predict")
         Y, start = np.empty((len(X), self.out_features), self.dtype), 0
         for out, _ in self.outputs([X], batch_size or PREDICT_ROWS):
-            Y[start : start + len(out)] = out
+            Y[start : start + len(out)] = self.memory.numpy(out)
             start += len(out)
         return Y
 
@@ -158,7 +162,7 @@ class Sequential:
         `part` is these rows of all columns. Y is good until the next.
         """
         rows = min(rows, max(len(columns[0]), 1))
-        workspace = Workspace(rows, self.dtype)
+        workspace = Workspace(rows, self.dtype, self.memory)
         plans: dict[int, Plan] = {}
         for part in parts(columns, rows):
             batch = len(part[0])
@@ -166,7 +170,9 @@ class Sequential:
                 plans[batch] = Plan(
                     self.layers, self.parameters, self.statistics, self.backend, workspace, batch
                 )
-            yield plans[batch].forward(part[0]), part
+            with self.memory:
+                Y = plans[batch].forward(self.memory.place(part[0]))
+            yield Y, part
 
     def _encoded(self, X: Any) -> Any:
         """X of raw rows, where X is a table or a data frame; anything else as it is."""
@@ -195,7 +201,7 @@ class Sequential:
     def state_dict(self) -> dict[str, Array]:
         """Copies of all parameters and running statistics, in PyTorch's layout and order."""
         tensors = {**self.layout.views(self.parameters), **self.statistics}
-        return {name: view.copy() for name, view in tensors.items()}
+        return {name: self.memory.numpy(view.copy()) for name, view in tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the values of `state`; every name and shape must match, or nothing changes."""
@@ -209,7 +215,7 @@ class Sequential:
             raise CheckpointMismatchError(f"load_state_dict: {'; '.join(problems)}")
         values = {name: as_numbers("load_state_dict", name, state[name]) for name in tensors}
         for name, value in values.items():
-            tensors[name][...] = value
+            self.memory.fill(tensors[name], value)
 
     def config(self) -> dict[str, Any]:
         """The architecture as plain data, from which `load` builds the model again."""

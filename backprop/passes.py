@@ -19,27 +19,29 @@ from backprop_kernels import arrays
 from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array
 
-from backprop.arena import Layout, aligned_zeros
+from backprop.arena import Layout
 from backprop.layers import BatchNorm, Dropout, Layer, LayerNorm, Linear, RMSNorm
+from backprop.memory import HOST, Memory
 
 
 class Workspace:
     """Named buffers with room for `batch` rows, shared by plans of up to that many rows."""
 
-    def __init__(self, batch: int, dtype: Any) -> None:
+    def __init__(self, batch: int, dtype: Any, memory: Memory = HOST) -> None:
         self.batch = batch
+        self.memory = memory
         self.dtype = np.dtype(dtype)
         self._buffers: dict[str, Array] = {}
 
     def rows(self, name: str, batch: int, columns: int) -> Array:
         """The first `batch` rows of the buffer `name`."""
         if name not in self._buffers:
-            self._buffers[name] = aligned_zeros((self.batch, columns), self.dtype)
+            self._buffers[name] = self.memory.zeros((self.batch, columns), self.dtype)
         return self._buffers[name][:batch]
 
     def vector(self, name: str, size: int) -> Array:
         if name not in self._buffers:
-            self._buffers[name] = aligned_zeros(max(size, self.batch), self.dtype)
+            self._buffers[name] = self.memory.zeros(max(size, self.batch), self.dtype)
         return self._buffers[name][:size]
 
 

@@ -11,7 +11,6 @@ from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import KindError, NonFiniteError, OptionError, ShapeError
 
-from backprop.arena import aligned_zeros
 from backprop.losses import (
     Loss,
     as_numbers,
@@ -35,11 +34,13 @@ class Gradients:
         self.model = model
         self.loss = loss
         self.batch_size = batch_size
-        self.flat = aligned_zeros(model.layout.size, model.dtype)
+        self.memory = memory = model.memory
+        self.flat = memory.zeros(model.layout.size, model.dtype)
         self.views = model.layout.views(self.flat)
         self.stream = np.array([seed, 0], np.int64)  # of dropout: seed, step
-        self.value = np.zeros((), np.float64)
-        self.workspace = Workspace(batch_size, model.dtype)
+        self._placed = memory.place(self.stream)  # what the operators read
+        self.value = memory.zeros((), np.dtype(np.float64))
+        self.workspace = Workspace(batch_size, model.dtype, memory)
         self.frozen = frozenset(frozen)
         self.plans: dict[int, Plan] = {}  # by batch size: where activations and deltas lie
 
@@ -48,7 +49,7 @@ class Gradients:
         model, loss = self.model, self.loss
         plan = Plan(
             model.layers, model.parameters, model.statistics, model.backend, self.workspace,
-            batch, self.flat, self.stream, self.frozen,
+            batch, self.flat, self._placed, self.frozen,
         )  # fmt: skip
         self.plans[batch] = plan
         options = options_for_kernel(loss, model.out_features)
@@ -63,6 +64,11 @@ class Gradients:
             plan.backward(X)
 
         return run
+
+    def set_step(self, step: int) -> None:
+        """Let dropout draw the masks of this step."""
+        self.stream[1] = step
+        self.memory.fill(self._placed, self.stream)
 
     def inputs(self, X: Any, y: Any, sample_weight: Any, where: str, finite: bool) -> list[Array]:
         """X, target and (if given) weight as the kernels take them."""
@@ -119,12 +125,12 @@ class TrainStep:
         self.gradients = Gradients(model, resolve_loss(loss), batch_size, seed, model.frozen)
         self.update = Update(
             self.optimizer, model.layout, model.parameters, self.gradients.flat, clip_norm,
-            self.gradients.frozen,
+            self.gradients.frozen, model.memory,
         )  # fmt: skip
         self.steps = 0
         self.pending = 0  # batches accumulated towards the next step
         self.accumulate = int(accumulate)
-        self._total = aligned_zeros(model.layout.size if accumulate > 1 else 0, model.dtype)
+        self._total = model.memory.zeros(model.layout.size if accumulate > 1 else 0, model.dtype)
         self._mass = self._loss = 0.0  # of the pending batches: Σ weights, Σ weights · loss
         self._apart = accumulate > 1 or not self.update.fused
         self._captured: dict[tuple[int, ...], Callable[..., None]] = {}
@@ -142,7 +148,7 @@ class TrainStep:
         program = self.prepare(*arrays)
         if not self.pending:
             self._begin()
-        self.gradients.stream[1] = self.steps * self.accumulate + self.pending
+        self.gradients.set_step(self.steps * self.accumulate + self.pending)
         try:
             program(*arrays)
             value = float(self.gradients.value)
@@ -211,7 +217,7 @@ class TrainStep:
         if self._end():
             return
         if X is not None:
-            refuse_non_finite("TrainStep", "X", X)
+            refuse_non_finite("TrainStep", "X", self.model.memory.numpy(X))
         raise NonFiniteError(
             f"TrainStep: step {self.steps + 1}: expected a finite loss and gradient, got loss "
             f"{float(self.gradients.value)} and gradient norm {float(self.norm)} at lr "
@@ -266,10 +272,12 @@ def value_and_grad(
     gradients = Gradients(model, resolve_loss(loss), batch, seed)
     inputs = gradients.inputs(X, y, sample_weight, "value_and_grad", finite=True)
     statistics = {name: value.copy() for name, value in model.statistics.items()}
-    gradients.operators(len(inputs[0]))(*inputs)
+    with model.memory as memory:
+        gradients.operators(len(inputs[0]))(*(memory.place(array) for array in inputs))
     for name, value in statistics.items():
         model.statistics[name][...] = value
-    return float(gradients.value), {name: g.copy() for name, g in gradients.views.items()}
+    found = {name: memory.numpy(g.copy()) for name, g in gradients.views.items()}
+    return float(gradients.value), found
 
 
 def weights(sample_weight: Any, batch: int, where: str, dtype: Any) -> Array:

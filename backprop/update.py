@@ -20,7 +20,8 @@ from backprop_kernels.arrays import Array
 from backprop_kernels.errors import OptionError
 from backprop_kernels.optimizers import OPTIMIZERS
 
-from backprop.arena import Layout, aligned_zeros
+from backprop.arena import Layout
+from backprop.memory import HOST, Memory
 from backprop.optimizers import Optimizer
 
 PREFIX = 4  # max_norm, max_value, l1, l2: what a row holds before the rule's own scalars
@@ -88,12 +89,14 @@ class Update:
         gradient: Array,
         clip_norm: float | None = None,
         frozen: Collection[str] = (),
+        memory: Memory = HOST,
     ) -> None:
         self.optimizer = optimizer
         self.parameters, self.gradient = parameters, gradient
         rule = OPTIMIZERS[optimizer.rule]
-        self.state = {name: aligned_zeros(layout.size, parameters.dtype) for name in rule.state}
-        self.norm = np.zeros((), np.float64)
+        self.memory = memory
+        self.state = {name: memory.zeros(layout.size, parameters.dtype) for name in rule.state}
+        self.norm = memory.zeros((), np.dtype(np.float64))
         self.lr_factor = 1.0  # of a schedule
         trained = {n: t for n, t in treatments(optimizer, layout).items() if n not in frozen}
         if not trained:
@@ -113,6 +116,7 @@ class Update:
         if self.spans is not None:
             self.scalars[:, 1] = np.inf if limit is None else limit
             self.scalars[:, 2:PREFIX] = [(t.l1, t.l2) for t in self._rows]
+        self._placed = memory.place(self.scalars)  # what the operator reads
         self._limits = [
             (layout.views(parameters)[name], t.max_norm)
             for name, t in trained.items()
@@ -138,12 +142,13 @@ class Update:
         lr = self.optimizer.lr * self.lr_factor
         if self.spans is None:
             self.scalars[1:] = self.optimizer.scalars(step, lr=lr)
-            return
-        for row, t in zip(self.scalars, self._rows, strict=True):
-            changes = {"lr": lr * t.lr_scale}
-            if "weight_decay" in self.optimizer.options:
-                changes["weight_decay"] = t.weight_decay
-            row[PREFIX:] = self.optimizer.scalars(step, **changes)
+        else:
+            for row, t in zip(self.scalars, self._rows, strict=True):
+                changes = {"lr": lr * t.lr_scale}
+                if "weight_decay" in self.optimizer.options:
+                    changes["weight_decay"] = t.weight_decay
+                row[PREFIX:] = self.optimizer.scalars(step, **changes)
+        self.memory.fill(self._placed, self.scalars)
 
     def before(self) -> None:
         """Clip each tensor's gradient by its norm. A NaN stays: the operator refuses it."""
@@ -155,7 +160,7 @@ class Update:
     def operator(self, backend: ModuleType, guard: Array) -> None:
         """`optimizer_step`, to be captured."""
         backend.optimizer_step(
-            self.parameters, self.gradient, tuple(self.state.values()), self.scalars,
+            self.parameters, self.gradient, tuple(self.state.values()), self._placed,
             self.optimizer.rule, guard, out=self.norm, spans=self.spans,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import backprop
-from backprop.device import cuda_problem
+from backprop.device import cuda_devices, cuda_problem
 
 EXTRAS = {  # module: (what it adds, the extra that installs it)
     "matplotlib": ("pictures", "plot"),
@@ -29,7 +29,7 @@ def run(options: Namespace) -> None:
         ("versions", _versions()),
         ("cpu", _cpu()),
         *_kernels(),
-        ("cuda", cuda_problem()),
+        ("cuda", cuda_problem() or f"{cuda_devices()} device(s)"),
         *((module, _extra(module)) for module in EXTRAS),
     ):
         print(f"{name:<13} {finding}")

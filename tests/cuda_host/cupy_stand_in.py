@@ -1,7 +1,8 @@
 """The part of CuPy that the library uses, on a CPU: kernels run in the emulator.
 
-It is stricter than CuPy where that finds mistakes: an array offers no arithmetic, never turns into
-a NumPy array unasked, and nothing but launches may happen while a stream captures.
+It is as strict as CuPy where that finds mistakes: an array never turns into a NumPy array unasked
+nor mixes with one, nothing but launches may happen while a stream captures, and what a stream of
+its own is told to copy is copied as late as anyone may see.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class Pointer:
     def copy_from_device_async(self, source: Pointer, size: int, stream: Any = None) -> None:
         ctypes.memmove(self.ptr, source.ptr, size)
 
+    def copy_from_host_async(self, host: int, size: int, stream: Stream) -> None:
+        stream.submit(lambda: ctypes.memmove(self.ptr, host, size))
 
-class ndarray:
+
+class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     """An array in device memory; `_host` is the emulator's view of it."""
-
-    __array_ufunc__ = None
 
     def __init__(self, host: np.ndarray, mem: memory.Memory) -> None:
         self._host, self._memory = host, mem
@@ -114,11 +116,39 @@ class ndarray:
         _eager("item")
         return self._host.item()
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        _eager(ufunc.__name__)
+        out = options.pop("out", None)
+        if any(isinstance(a, np.ndarray) and a.ndim for a in (*inputs, *(out or ()))):
+            raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        values = [a._host if isinstance(a, ndarray) else a for a in inputs]
+        result = getattr(ufunc, method)(*values, **options)
+        if out is None:
+            return asarray(result)
+        out[0]._host[...] = result
+        return out[0]
+
+    def sum(self, *arguments: Any, **options: Any) -> ndarray:
+        return asarray(self._host.sum(*arguments, **options))
+
+    def any(self) -> ndarray:
+        return asarray(self._host.any())
+
+    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
+        return asarray(self._host.astype(dtype))
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
     def __float__(self) -> float:
         return float(self.item())
 
     def __int__(self) -> int:
         return int(self.item())
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"data": (self.data.ptr, False), "shape": self.shape, "version": 3}
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Use `.get()`")
@@ -172,9 +202,6 @@ class Device:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def synchronize(self) -> None:
-        pass
-
 
 _capturing: list[Callable[[], None]] | None = None
 
@@ -185,10 +212,22 @@ def _eager(what: str) -> None:
 
 
 class Stream:
-    """cupy.cuda.Stream; everything is done at once."""
+    """cupy.cuda.Stream. Kernels run at once; its copies wait until someone waits for them."""
 
     def __init__(self, non_blocking: bool = False) -> None:
-        pass
+        self._queue: list[Callable[[], object]] = []
+
+    def submit(self, work: Callable[[], object]) -> None:
+        self._queue.append(work)
+
+    def finish(self, count: int) -> None:
+        """Do the first `count` pieces of work of all there ever were."""
+        for i, work in enumerate(self._queue[:count]):
+            work()
+            self._queue[i] = lambda: None
+
+    def wait_event(self, event: Event) -> None:
+        event.synchronize()
 
     def __enter__(self) -> Stream:
         return self
@@ -208,6 +247,20 @@ class Stream:
 
     def synchronize(self) -> None:
         _eager("synchronize")
+        self.finish(len(self._queue))
+
+
+class Event:
+    """cupy.cuda.Event."""
+
+    def __init__(self) -> None:
+        self._stream, self._count = Stream(), 0
+
+    def record(self, stream: Stream) -> None:
+        self._stream, self._count = stream, len(stream._queue)
+
+    def synchronize(self) -> None:
+        self._stream.finish(self._count)
 
 
 class Graph:
@@ -298,7 +351,10 @@ def _loaded(code: bytes, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
 
 cuda = SimpleNamespace(
     Device=Device,
+    Event=Event,
     Stream=Stream,
+    alloc_pinned_memory=bytearray,
+    get_current_stream=Stream,
     function=SimpleNamespace(Module=Module),
     memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
     runtime=SimpleNamespace(

@@ -47,7 +47,7 @@ def launch(
     grid = (*grid, 1, 1)[:3]
     if any(n > most for n, most in zip(grid, LARGEST_GRID, strict=True)):
         raise ShapeError(f"{entry}: expected a grid of at most {LARGEST_GRID}, got {grid}")
-    arrays = tuple(a for a in arguments if _is_array(a))
+    arrays = tuple(a for a in arguments if is_array(a))
     device = arrays[0].device.id if arrays else cupy().cuda.Device().id
     with cupy().cuda.Device(device):
         call = Launch(
@@ -69,10 +69,9 @@ def recording() -> bool:
 def capture(operators: Callable[..., None], *inputs: Array) -> Program:
     """Turn a function of arrays that calls operators into one CUDA graph; nothing is computed yet.
 
-    Outputs must be preallocated. `inputs` stand for arrays that change from replay to replay:
-    `program(*arrays)` takes others of the same shape and dtype, from this device or from NumPy.
+    Outputs must be preallocated. `inputs` show shape and dtype of arrays that change from replay to
+    replay: `program(*arrays)` takes others like them, from this device or from NumPy.
     """
-    on_device("capture", **{f"inputs[{i}]": a for i, a in enumerate(inputs)})
     buffers = [empty(a.shape, a.dtype) for a in inputs]
     outer = getattr(_thread, "launches", None)
     launches: list[Launch] = []
@@ -90,6 +89,7 @@ class Program:
     def __init__(self, inputs: list[Array], launches: list[Launch]) -> None:
         self.inputs = inputs
         self._launches = launches
+        self._device = cupy().cuda.Device()
         stream = cupy().cuda.Stream(non_blocking=True)
         with stream:
             stream.begin_capture()
@@ -100,11 +100,12 @@ class Program:
                 self._graph = stream.end_capture()
 
     def __call__(self, *inputs: Array) -> None:
-        for buffer, given in zip(self.inputs, inputs, strict=True):
-            if given is not buffer and given.size:
-                copy(buffer, given)
-        if self._launches:
-            self._graph.launch()
+        with self._device:
+            for buffer, given in zip(self.inputs, inputs, strict=True):
+                if given is not buffer and given.size:
+                    copy(buffer, given)
+            if self._launches:
+                self._graph.launch()
 
 
 def empty(shape: Any, dtype: Any) -> Array:
@@ -126,10 +127,10 @@ def copy(to: Array, source: Array) -> None:
         raise ShapeError(
             f"copy: expected {to.dtype} of shape {to.shape}, got {source.dtype} {source.shape}"
         )
-    if _is_array(source):
+    if is_array(source):
         to.data.copy_from_device_async(source.data, to.nbytes)
     else:
-        to.set(source)
+        to.set(np.ascontiguousarray(source))
 
 
 def constant(values: Any, dtype: Any) -> Array:
@@ -146,7 +147,7 @@ def on_device(where: str, **arrays: Array | None) -> None:
     for name, value in arrays.items():
         if value is None:
             continue
-        if not _is_array(value):
+        if not is_array(value):
             raise KindError(
                 f"{where}: {name}: expected a CuPy array, got {type(value).__module__}."
                 f"{type(value).__name__}; copy with cupy.asarray(x)"
@@ -187,7 +188,7 @@ def _word(entry: str, value: Any) -> Any:
     """A kernel argument whose size is beyond doubt."""
     if value is None:
         return np.uint64(0)
-    if _is_array(value):
+    if is_array(value):
         return np.uint64(value.data.ptr)
     if isinstance(value, np.generic):
         return value
@@ -196,7 +197,8 @@ def _word(entry: str, value: Any) -> Any:
     raise KindError(f"{entry}: argument: expected an array or integer, got {value!r}")
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether `value` lies on a device."""
     return isinstance(value, cupy().ndarray)
 
 
