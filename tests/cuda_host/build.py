@@ -27,6 +27,10 @@ RUNTIME = ("runtime.cpp", "async.cpp")
 THREADS = ("-DHOST_THREADS", "-fsanitize=thread", "-g")
 
 
+class DoesNotCompile(RuntimeError):
+    """The compiler's command and what it said."""
+
+
 def problem() -> str:
     """Why kernels cannot run on this CPU; empty where they can."""
     if shutil.which("g++") is None:
@@ -70,7 +74,7 @@ def _gxx(sources: dict[str, str], units: tuple[str, ...], options: tuple[str, ..
         command = ["g++", *options, "-include", "host.hpp", "-x", "c++", *units, "-o", "out.so"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
+            raise DoesNotCompile(f"{' '.join(command)}\n{done.stderr[:4000]}")
         return Path(folder, "out.so").read_bytes()
 
 

@@ -71,13 +71,12 @@ layer_norm_backward(const real* dZ, const real* X, const real* gamma, const real
             dZ_prev[e + j] = backward_epilogue(g, e + j, saved, keep, scale);
         }
     }
-    __syncthreads();  // dZ_prev of these rows is complete
     column_partials(first, last, columns, int(across), products + blockIdx.x * columns,
                     [&](long long i, long long j) {
         const long long e = i * columns + j;
         return dZ[e] * ((X[e] - mean[i]) * rstd[i]);
     });
-    if (partial)
+    if (partial)  // all threads have been there for the sums above: dZ_prev is complete
         column_partials(first, last, columns, int(across), partial + blockIdx.x * columns,
                         [&](long long i, long long j) { return dZ_prev[i * columns + j]; });
 }

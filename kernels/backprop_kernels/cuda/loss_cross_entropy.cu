@@ -11,8 +11,8 @@
 
 DEVICE real slope(real z, real y) { return derivative(SAVES == 1 ? y : z); }
 
-// The larger; NaN, once met, stays.
-DEVICE real larger(real a, real b) { return b > a || b != b ? b : a; }
+// The larger; a NaN need not win, as its exponential is NaN in any case.
+DEVICE real larger(real a, real b) { return b > a ? b : a; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 loss_cross_entropy(const real* Z, const label_t* labels, const real* probabilities,
@@ -67,7 +67,7 @@ loss_cross_entropy(const real* Z, const label_t* labels, const real* probabiliti
         }
         sum += double(value) * double(counts ? w : real(1));
     }
-    __syncthreads();  // dZ of these rows is complete
+    // The same threads as above take the same elements of dZ: each reads what it wrote.
     column_partials(first, last, columns, lanes, partial + blockIdx.x * columns,
                     [&](long long i, long long j) { return dZ[i * columns + j]; });
     sum = block_sum(sum);
