@@ -37,6 +37,7 @@ from backprop.logs import CSVLog, JSONLog, TensorBoard
 from backprop.losses import Loss
 from backprop.model import MLP, Sequential, load
 from backprop.optimizers import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
+from backprop.profile import Phase, Profile, profile
 from backprop.step import TrainStep, value_and_grad
 
 __version__ = "0.1.0"
@@ -73,6 +74,8 @@ __all__ = [
     "NonFiniteError",
     "Optimizer",
     "OptionError",
+    "Phase",
+    "Profile",
     "RMSNorm",
     "RMSprop",
     "Sequential",
@@ -87,6 +90,7 @@ __all__ = [
     "gradcheck",
     "load",
     "ops",
+    "profile",
     "set_num_threads",
     "to_onnx",
     "to_torch",

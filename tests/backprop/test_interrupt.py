@@ -45,6 +45,7 @@ def bits(step: bp.TrainStep) -> tuple[int, list[bytes]]:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_step_is_applied_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(program, "LONG", 0)
+    monkeypatch.setattr(program, "PATIENCE", 0)
     X, ids = rng.standard_normal((512, 256)).astype(np.float32), rng.integers(0, 9, 512)
 
     def new_step() -> bp.TrainStep:
@@ -96,6 +97,7 @@ def test_answered_within_a_second_in_a_long_step() -> None:
 
 def test_a_handler_that_raises_nothing_lets_the_step_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "LONG", 0)
+    monkeypatch.setattr(program, "PATIENCE", 0)
     X, y = np.ones((2048, 512), np.float32), np.ones((2048, 1), np.float32)
     step = bp.TrainStep(bp.MLP([512, 512, 1]), "mse", "SGD", 2048)
     step.prepare(X, y)

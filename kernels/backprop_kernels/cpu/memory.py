@@ -5,6 +5,7 @@ Kernels get addresses as integers; these Numba intrinsics turn them into instruc
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numba
@@ -96,6 +97,22 @@ def yield_core(typing_context: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def clock(typing_context: Any) -> Any:
+    """Nanoseconds since some moment in the past, the same for all threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        timespec = ir.LiteralStructType([INT64, INT64])
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), timespec.as_pointer()])
+        read = get_or_insert_function(builder.module, kind, "clock_gettime")
+        now = alloca_once(builder, timespec)
+        builder.call(read, [ir.Constant(ir.IntType(32), time.CLOCK_MONOTONIC), now])
+        seconds, rest = (builder.extract_value(builder.load(now), i) for i in range(2))
+        return builder.add(builder.mul(seconds, ir.Constant(INT64, 10**9)), rest)
+
+    return types.int64(), generate
 
 
 def caller(parameters: int) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +29,9 @@ from backprop_kernels.errors import KindError
 # A second thread costs ~2 us to join in; below this much work it does not pay.
 FLOPS_PER_THREAD = 1_500_000
 LONG = 5e9  # flops: 20 ms of a fast CPU, a second of a very slow one
-COUNT, STOP, ENTRIES = 0, 1, 2  # of a program's table: kernels to run, whether to stop, the kernels
+PATIENCE = 0.2  # seconds: what ran in less is not long; another thread costs ~0.2 ms
+# Of a program's table: kernels to run, whether to stop, where to note nanoseconds, the kernels.
+COUNT, STOP, TIMES, ENTRIES = 0, 1, 2, 3
 _recording = threading.local()
 
 
@@ -60,6 +63,7 @@ class Program:
         self._entries: list[tuple[int, Arguments]] = []
         self._stoppable: list[Arguments] = []
         self._flops = 0
+        self._brief = False  # whether a run has shown that it takes less than PATIENCE
 
     def append(self, entry: int, arguments: Arguments, flops: int, whole: bool = False) -> None:
         self._entries.append((entry, arguments))
@@ -69,7 +73,7 @@ class Program:
 
     def seal(self) -> Program:
         """Fix the list; returns the program."""
-        words = [len(self._entries), 0]
+        words = [len(self._entries), 0, 0]
         for entry, arguments in self._entries:
             words += [entry, word(arguments)]
         self._table = np.array(words, np.int64)
@@ -103,15 +107,28 @@ class Program:
                 self._bound[i] = where
                 for words, place in self._places[i]:
                     words[place] = where
-        if self._flops < LONG or threading.current_thread() is not threading.main_thread():
+        brief = self._brief or self._flops < LONG
+        if brief or threading.current_thread() is not threading.main_thread():
             threads.run(*self._call)
             return
+        started = time.perf_counter()
         try:
             threads.run_aside(partial(threads.run, *self._call), self._stop)
+            self._brief = time.perf_counter() - started < PATIENCE
         except BaseException:
             self._table[COUNT], self._table[STOP] = len(self._entries), 0
             self._set_tickets(0)
             raise
+
+    def timed(self, *inputs: Array) -> Array:
+        """Replay, and return the nanoseconds of each kernel, up to the barrier after it."""
+        times = np.zeros(len(self._entries), np.int64)
+        self._table[TIMES] = word(times)
+        try:
+            self(*inputs)
+        finally:
+            self._table[TIMES] = 0
+        return times
 
     def _stop(self) -> None:
         """Let no thread begin another kernel, nor take another piece of the one it is in."""
@@ -121,6 +138,12 @@ class Program:
     def _set_tickets(self, value: int) -> None:
         for arguments in self._stoppable:
             arguments.words[:2] = value
+
+
+def recorded() -> int:
+    """How many kernels are in the program that this thread is capturing."""
+    program: Program | None = getattr(_recording, "program", None)
+    return 0 if program is None else len(program._entries)
 
 
 def submit(entry: int, arguments: Arguments, flops: int, whole: bool = False) -> None:
@@ -175,10 +198,11 @@ def check_compiler() -> None:
 
 
 def _runner() -> Callable[..., None]:
-    from backprop_kernels.cpu.memory import atomic_load, barrier, call_kernel, int64s
+    from backprop_kernels.cpu.memory import atomic_load, barrier, call_kernel, clock, int64s
 
     def run(table, sync, thread, threads):
-        count = table[COUNT]
+        count, times = table[COUNT], table[TIMES] if thread == 0 else 0
+        started = clock() if times != 0 else 0
         for i in range(count):
             args = table[ENTRIES + 1 + 2 * i]
             call_kernel(table[ENTRIES + 2 * i], args, sync, thread, threads)
@@ -190,6 +214,10 @@ def _runner() -> Callable[..., None]:
                 counters = int64s(args)  # every kernel's first two words are ticket counters
                 counters[0] = 0
                 counters[1] = 0
+            if times != 0:
+                now = clock()
+                int64s(times)[i] = now - started
+                started = now
             # After the last kernel the table may be gone.
             if i + 1 < count and atomic_load(table, COUNT) == i + 1:
                 barrier(sync, threads)  # all have read it
