@@ -6,6 +6,7 @@ copied back. So one test body serves all backends, here in the emulator and on a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -26,7 +27,7 @@ from tests.cuda_host import build, cupy_stand_in
 def installed() -> Iterator[None]:
     """The emulator in the place of CuPy and NVRTC."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "cupy", cupy_stand_in)
+        patch.setitem(sys.modules, "cupy", cupy_stand_in)
         patch.setattr(nvrtc, "cubin", lambda unit, arch: build.unit(unit, cupy_stand_in.THREADS))
         yield
 

@@ -1,0 +1,143 @@
+"""What the launchers ask for, without running it: every unit, entry, block and argument size."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from backprop_kernels import cuda
+from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.arrays import Dropout
+from backprop_kernels.cuda import compile as nvrtc
+from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.losses import LOSSES
+from backprop_kernels.optimizers import OPTIMIZERS
+
+from tests.cuda_host import cupy_stand_in as stand_in
+
+
+@dataclass
+class Asked:
+    """One entry of a unit as it was launched."""
+
+    sizes: list[int]  # of the arguments, in bytes
+    threads: set[int] = field(default_factory=set)
+    shared: int = 0  # dynamic
+
+
+Record = dict[Unit, dict[str, Asked]]
+
+
+@contextmanager
+def recording() -> Iterator[Record]:
+    """Launchers called inside compute nothing; what they launch is in the record."""
+    record: Record = {}
+    units: list[Unit] = []
+
+    class Module:
+        def load(self, number: bytes) -> None:
+            self.unit = units[int(number)]
+
+        def get_function(self, name: str) -> Any:
+            def run(grid: Any, block: Any, args: Sequence[Any], shared: int = 0) -> None:
+                asked = record[self.unit].setdefault(name, Asked([a.nbytes for a in args]))
+                assert asked.sizes == [a.nbytes for a in args], name
+                asked.threads.add(int(np.prod(block)))
+                asked.shared = max(asked.shared, shared)
+
+            return run
+
+    def cubin(unit: Unit, arch: str) -> bytes:
+        units.append(unit)
+        record.setdefault(unit, {})
+        return str(len(units) - 1).encode()
+
+    cupy = ModuleType("cupy")
+    vars(cupy).update(vars(stand_in))
+    cupy.cuda = SimpleNamespace(**vars(stand_in.cuda))  # type: ignore[attr-defined]
+    cupy.cuda.function = SimpleNamespace(Module=Module)  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", cupy)
+        patch.setattr(nvrtc, "cubin", cubin)
+        yield record
+
+
+def everything(
+    dtypes: Sequence[str], activations: Sequence[str], losses: Sequence[str], rules: Sequence[str]
+) -> Record:
+    """The record of every launcher, for these rows of the tables."""
+    with recording() as record:
+        for dtype in map(np.dtype, dtypes):
+            for activation in activations:
+                _layers(dtype, activation)
+            for loss in losses:
+                _loss(dtype, loss, "identity")
+            for activation in activations:
+                _loss(dtype, losses[0], activation)
+            for rule in rules:
+                _optimizer(dtype, rule)
+            for batch in (8, 3000):  # one split, several
+                cuda.linear_wgrad(_empty(dtype, batch, 3), _empty(dtype, batch, 4))
+            cuda.linear_wgrad(_empty(dtype, 1, 8192), _empty(dtype, 1, 4))
+            cuda.gather_rows(_empty(dtype, 5, 3), _empty(np.dtype(np.int64), 2))
+    return record
+
+
+def whole() -> tuple[Sequence[str], Sequence[str], Sequence[str], Sequence[str]]:
+    """Every row of every table."""
+    return ("float32", "float64"), tuple(ACTIVATIONS), tuple(LOSSES), tuple(OPTIMIZERS)
+
+
+def _empty(dtype: np.dtype, *shape: int) -> Any:
+    return stand_in.empty(shape, dtype)
+
+
+def _layers(dtype: np.dtype, activation: str) -> None:
+    stream = _empty(np.dtype(np.int64), 2)
+    for batch in (8, 8192):  # small tiles, large tiles
+        X, W, b = _empty(dtype, batch, 4), _empty(dtype, 3, 4), _empty(dtype, 3)
+        drop = Dropout(0.5, stream, 1)
+        cuda.linear_forward(X, W, b, activation, drop)
+        cuda.linear_dgrad(_empty(dtype, batch, 3), W, _empty(dtype, batch, 4), activation, drop)
+    for columns in (4, 100, 5000):
+        X, vector = _empty(dtype, 8, columns), _empty(dtype, columns)
+        row = _empty(dtype, 8)
+        cuda.layer_norm_forward(X, vector, vector, 1e-5, activation, drop)
+        cuda.layer_norm_backward(X, X, vector, row, row, X, activation, drop)
+        cuda.batch_norm_forward(
+            X, vector, vector, vector, vector, True, 0.1, 1e-5, activation, drop
+        )
+        cuda.batch_norm_forward(
+            X, vector, vector, vector, vector, False, 0.1, 1e-5, activation, drop
+        )
+        cuda.batch_norm_backward(X, X, vector, vector, vector, X, activation, drop)
+
+
+def _loss(dtype: np.dtype, name: str, activation: str) -> None:
+    Z, weight = _empty(dtype, 8, 4), _empty(dtype, 8)
+    target = _empty(dtype, 8, 2 if name == "gaussian_nll" else 4)
+    cuda.loss(Z, target, name, None, activation, weight)
+    if name == "cross_entropy":
+        ids = stand_in.zeros(8, np.int64)
+        out = stand_in.zeros((), np.float64), _empty(dtype, 8, 4), _empty(dtype, 4)
+        cuda.capture(
+            lambda: cuda.loss(Z, ids, name, {"class_weight": np.ones(4)}, activation, weight, out)
+        )()
+
+
+def _optimizer(dtype: np.dtype, rule: str) -> None:
+    row = OPTIMIZERS[rule]
+    count = len(row.scalars(1, **row.options))
+    P = _empty(dtype, 64)
+    state = tuple(_empty(dtype, 64) for _ in row.state)
+    double = np.dtype(np.float64)
+    guard = _empty(double)
+    cuda.optimizer_step(P, P, state, _empty(double, 1 + count), rule, guard)
+    scalars = _empty(double, 1, 4 + count)
+    cuda.optimizer_step(P, P, state, scalars, rule, guard, spans=[(0, 64, 0)])
