@@ -27,7 +27,10 @@ from backprop_kernels.errors import (
 )
 
 from backprop import datasets, ops
+from backprop.averaging import EMA
+from backprop.callbacks import Callback, Training
 from backprop.device import get_num_threads, set_num_threads
+from backprop.evaluation import evaluate
 from backprop.exchange import from_onnx, from_torch, to_onnx, to_torch
 from backprop.fit import fit
 from backprop.gradcheck import GradientError, GradientReport, gradcheck
@@ -36,13 +39,16 @@ from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear, RMSNorm
 from backprop.logs import CSVLog, JSONLog, TensorBoard
 from backprop.losses import Loss
 from backprop.model import MLP, Sequential, load
+from backprop.monitor import EarlyStopping
 from backprop.optimizers import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
 from backprop.profile import Phase, Profile, profile
+from backprop.schedules import Plateau, Schedule
 from backprop.step import TrainStep, value_and_grad
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
     "MLP",
     "SGD",
     "Adagrad",
@@ -51,6 +57,7 @@ __all__ = [
     "BackpropError",
     "BatchNorm",
     "CSVLog",
+    "Callback",
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointMismatchError",
@@ -59,6 +66,7 @@ __all__ = [
     "DeviceMemoryError",
     "DeviceUnavailableError",
     "Dropout",
+    "EarlyStopping",
     "GradientError",
     "GradientReport",
     "History",
@@ -76,13 +84,17 @@ __all__ = [
     "OptionError",
     "Phase",
     "Profile",
+    "Plateau",
     "RMSNorm",
     "RMSprop",
+    "Schedule",
     "Sequential",
     "ShapeError",
     "TensorBoard",
     "TrainStep",
+    "Training",
     "datasets",
+    "evaluate",
     "fit",
     "from_onnx",
     "from_torch",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backprop.cli import exit_status
-from backprop.fit import Callback, fit
+from backprop.fit import fit
 from backprop.flights import FlightsData, load
 from backprop.history import History
 from backprop.metrics import accuracy, auc, log_loss
@@ -83,8 +83,7 @@ def train(
     history = fit(
         model, data.X_train, data.y_train, "bce_with_logits", optimizer, options.epochs,
         options.batch_size, eval_set=(data.X_valid, data.y_valid), progress="lines",
-        seed=options.seed,
-        callbacks=[cosine_decay(optimizer, options.epochs)],
+        seed=options.seed, schedule="cosine",
     )  # fmt: skip
     seconds = time.perf_counter() - started
     p = model.predict_proba(data.X_valid)[:, 0]
@@ -94,16 +93,6 @@ def train(
         log_loss=log_loss(data.y_valid, p),
         accuracy=accuracy(data.y_valid, p >= 0.5),
     )  # fmt: skip
-
-
-def cosine_decay(optimizer: Optimizer, epochs: int) -> Callback:
-    """A callback that takes the learning rate from its value now to 0 along half a cosine."""
-    peak = optimizer.lr
-
-    def after_epoch(epoch: int, history: History) -> None:
-        optimizer.lr = peak * 0.5 * (1 + math.cos(math.pi * (epoch + 1) / epochs))
-
-    return after_epoch
 
 
 def table(results: Sequence[Result], data: FlightsData) -> str:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from backprop_kernels import checks
-from backprop_kernels.arrays import Array
-from backprop_kernels.errors import DataError, KindError
+from backprop_kernels.errors import KindError
 
-from backprop.batches import Batches, Rows
+from backprop.averaging import EMA
+from backprop.batches import Batches
+from backprop.callbacks import Callback, Callbacks, EpochFunction, Training, as_callbacks
+from backprop.evaluation import CustomMetric, resolve_metrics, scores
 from backprop.history import History
 from backprop.losses import Loss, options_for_kernel, resolve_loss
-from backprop.model import PREDICT_ROWS, Sequential
+from backprop.model import Sequential
+from backprop.monitor import EarlyStopping, resolve_early_stopping
+from backprop.noise import InputNoise
 from backprop.optimizers import Optimizer
 from backprop.progress import Progress
-from backprop.step import TrainStep, weights
-
-Callback = Callable[[int, History], Any]  # (epoch from 0, history so far) → True to stop
+from backprop.schedules import resolve_schedule
+from backprop.step import TrainStep
+from backprop.validation import DataSet, class_weights, named_sets
 
 
 def fit(
@@ -31,10 +35,18 @@ def fit(
     batch_size: int = 32,
     *,
     sample_weight: Any = None,
-    eval_set: tuple[Any, Any] | None = None,
+    class_weight: Any = None,
+    eval_set: Any = None,
+    validation_fraction: float | None = None,
+    metrics: Sequence[str | CustomMetric] | str = (),
+    schedule: str | Callback | Callable[[float], float] | None = None,
+    early_stopping: bool | int | EarlyStopping | None = None,
     shuffle: bool = True,
     clip_norm: float | None = None,
-    callbacks: Iterable[Callback] = (),
+    accumulate: int = 1,
+    input_noise: float = 0.0,
+    ema: float | EMA | None = None,
+    callbacks: Iterable[Callback | EpochFunction] = (),
     progress: bool | str = True,
     seed: int = 0,
 ) -> History:
@@ -44,13 +56,24 @@ def fit(
         loss, optimizer: names, or `Loss(...)` and e.g. `AdamW(lr=1e-3)`.
         epochs, batch_size: passes over the data; rows per step. The last step may be smaller.
         sample_weight: (rows,), ≥ 0: a row of weight 2 counts as two rows within its batch.
-        eval_set: (X, y) whose loss is `val_loss` after each epoch.
+        class_weight: "balanced", or weights by class; they multiply sample_weight.
+        eval_set: (X, y[, sample_weight]) to evaluate after each epoch as `val_loss`, …; or several
+            by name: {"valid": (X, y), "test": (X, y)}.
+        validation_fraction: or this share of the rows, drawn at random, of each class alike.
+        metrics: names from `METRICS`, or functions of (y, predictions), for every set.
+        schedule: of the learning rate: a name, a `Schedule` or `Plateau`, or a function from epochs
+            passed to a factor of lr.
+        early_stopping: True, a patience in epochs, or an `EarlyStopping`.
         shuffle: a new order every epoch, drawn from `seed`.
         clip_norm: scale longer gradients down to this L2 norm.
-        callbacks: called after each epoch; one that returns True ends the training.
+        accumulate: make a step of the gradients of this many batches.
+        input_noise: standard deviation of Gaussian noise on X, drawn anew for every batch.
+        ema: decay of an average of the parameters, which the model then holds after each epoch.
+        callbacks: functions of (epoch, history), called after each epoch; one that returns True
+            ends the training. Or objects: see `Callback`.
         progress: a line with rate, losses and time left, where someone watches; "lines": one line
             an epoch, also where output goes to a file; False: nothing.
-        seed: of order and dropout. The same seed gives the same bits.
+        seed: of order, noise, dropout and split. The same seed gives the same bits.
 
     All data is checked before the first step; an error leaves the model unchanged. When a step
     meets a non-finite loss or gradient it is not applied and NonFiniteError is raised.
@@ -64,78 +87,63 @@ def fit(
     checks.integer("fit", "batch_size", batch_size, 1)
     loss = resolve_loss(loss)
     options_for_kernel(loss, model.out_features)
-    X, y = _checked(model, loss, X, y, "fit")
-    columns = [X, y]
-    if sample_weight is not None:
-        columns.append(weights(sample_weight, len(X), "fit", model.dtype))
-    held_out = (
-        None if eval_set is None else _checked(model, loss, *_pair(eval_set), "fit: eval_set")
-    )
-    callbacks = list(callbacks)
-    for i, callback in enumerate(callbacks):
-        if not callable(callback):
-            raise KindError(
-                f"fit: callbacks[{i}]: expected a function of (epoch, history), "
-                f"got {type(callback).__name__}"
-            )
+    data = DataSet.checked(model, loss, X, y, sample_weight, "fit")
+    sets = named_sets(model, loss, eval_set)
+    if validation_fraction is not None:
+        if "val" in sets:
+            raise KindError("fit: validation_fraction: expected either that or eval_set, got both")
+        data, sets["val"] = data.split(validation_fraction, loss, seed)
+    if class_weight is not None:
+        data = data.weighted(class_weights(data.columns[1], class_weight, loss, "fit"))
+    chosen = resolve_metrics(metrics, loss, "fit")
+    names = [f"{name}_{metric}" for name in sets for metric in ("loss", *chosen)]
+    parts = (
+        resolve_schedule(schedule), ema if ema is None or isinstance(ema, EMA) else EMA(ema),
+        *as_callbacks(callbacks), resolve_early_stopping(early_stopping),
+    )  # fmt: skip
 
-    batches = Batches(model.backend, columns, int(batch_size), shuffle, seed, model.memory)
-    rows = batches.rows
-    step = TrainStep(model, loss, optimizer, batches.size, clip_norm, seed)
-    history = History()
+    batches = Batches(
+        model.backend, data.columns, int(batch_size), shuffle, seed, model.memory
+    )  # fmt: skip
+    noise = InputNoise(
+        input_noise, (batches.size, model.in_features), model.dtype, model.memory, seed
+    )  # fmt: skip
+    step = TrainStep(model, loss, optimizer, batches.size, clip_norm, seed, accumulate)
+    history, rows = History(), batches.rows
+    training = Training(
+        model, step, history, int(epochs), rows, ("loss", "lr", *names, "seconds"), seed
+    )
+    watching = Callbacks([part for part in parts if part is not None], training)
+    watching.tell("fit_begin")
     step.prepare(*batches.full)  # compiling is no part of the rate, nor of the first epoch's time
     report = Progress(int(epochs), rows, progress)
     val_loss: float | None = None
-    for epoch in range(int(epochs)):
-        started = time.perf_counter()
-        total, done = 0.0, 0
-        for batch in batches.epoch(epoch):
-            total += len(batch[0]) * step.run(*batch)
-            done += len(batch[0])
-            report.update(epoch, done, total / done, val_loss)
-        values = {"loss": total / rows, "lr": step.optimizer.lr}
-        if held_out is not None:
-            values["val_loss"] = val_loss = evaluate_loss(model, *held_out, loss)
-        history.append(**values, seconds=time.perf_counter() - started)
-        report.end_epoch(epoch, values["loss"], val_loss)
-        stops = [callback(epoch, history) for callback in callbacks]  # every one is called
-        if any(stops):
-            break
+    number = 0  # of the batch
+    try:
+        for epoch in range(int(epochs)):
+            started = time.perf_counter()
+            training.epoch, training.done, total = epoch, 0, 0.0
+            for inputs, *targets in batches.epoch(epoch):
+                watching.tell("step_begin")
+                training.loss = step.run(noise(inputs, number), *targets)
+                number += 1
+                total += len(inputs) * training.loss
+                training.done += len(inputs)
+                watching.tell("step_end")
+                report.update(epoch, training.done, total / training.done, val_loss)
+            if step.flush():
+                watching.tell("step_end")
+            watching.tell("validation_begin")
+            values = {"loss": total / rows, "lr": step.lr}
+            for name, held_out in sets.items():
+                found = scores(model, loss, held_out.columns, chosen)
+                values |= {f"{name}_{metric}": value for metric, value in found.items()}
+            val_loss = values.get("val_loss")
+            history.append(**values, seconds=time.perf_counter() - started)
+            report.end_epoch(epoch, values["loss"], val_loss)
+            watching.tell("epoch_end")
+            if training.stop:
+                break
+    finally:
+        watching.tell("fit_end")
     return history
-
-
-def evaluate_loss(model: Sequential, X: Array | Rows, y: Array | Rows, loss: Loss) -> float:
-    """The mean loss over checked data, in prediction mode, in batches."""
-    total, weight = 0.0, 0.0
-    options = options_for_kernel(loss, model.out_features)
-    for Y, (_, target) in model.outputs([X, y], PREDICT_ROWS):
-        counted = _weight(target, loss)
-        with model.memory as memory:
-            value, *_ = model.backend.loss(Y, memory.place(target), loss.name, options)
-        total += counted * float(value)
-        weight += counted
-    return total / weight if weight else 0.0
-
-
-def _weight(y: Array, loss: Loss) -> float:
-    """What the mean over this part divided by: rows, or their class weights."""
-    if loss.name != "cross_entropy" or y.ndim == 2:
-        return float(len(y))
-    ids = y[y != loss.options["ignore_index"]]
-    class_weight = loss.options["class_weight"]
-    return float(len(ids)) if class_weight is None else float(class_weight[ids].sum())
-
-
-def _checked(
-    model: Sequential, loss: Loss, X: Any, y: Any, where: str
-) -> tuple[Array | Rows, Array | Rows]:
-    X = model.column(X, where)
-    if len(X) == 0:
-        raise DataError(f"{where}: X: expected at least one row, got shape {X.shape}")
-    return X, loss.column(y, len(X), model.out_features, model.dtype)
-
-
-def _pair(eval_set: Any) -> tuple[Any, Any]:
-    if not isinstance(eval_set, tuple | list) or len(eval_set) != 2:
-        raise KindError(f"fit: eval_set: expected (X, y), got {type(eval_set).__name__}")
-    return eval_set[0], eval_set[1]

@@ -153,7 +153,8 @@ class TrainStep:
             program(*arrays)
             value = float(self.gradients.value)
             if self.accumulate > 1:
-                self._add(value, self.gradients.loss.mass(*arrays[1:]))
+                rest = [self.model.memory.numpy(array) for array in arrays[1:]]
+                self._add(value, self.gradients.loss.mass(*rest))
                 if self.pending < self.accumulate and isfinite(value):
                     return value
             if self._apart:
@@ -164,16 +165,17 @@ class TrainStep:
         self._expect_applied(arrays[0])
         return value
 
-    def flush(self) -> None:
-        """Make a step of the batches accumulated so far; nothing where there are none."""
+    def flush(self) -> bool:
+        """Make a step of the batches accumulated so far; False where there are none."""
         if not self.pending:
-            return
+            return False
         try:
             self._apply()
         except BaseException:
             self._end()
             raise
         self._expect_applied(None)
+        return True
 
     def _begin(self) -> None:
         for statistic, before in self._statistics:

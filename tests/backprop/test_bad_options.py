@@ -74,12 +74,12 @@ OPTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: fit(callbacks=[len, 3]),
         bp.KindError,
-        "fit: callbacks[1]: expected a function of (epoch, history), got int",
+        "fit: callbacks[1]: expected a Callback or a function of (epoch, history), got int",
     ),
     (
         lambda: fit(eval_set=X),
         bp.KindError,
-        "fit: eval_set: expected (X, y), got ndarray",
+        "fit: eval_set: expected (X, y) or (X, y, sample_weight), got ndarray",
     ),
     (
         lambda: fit(eval_set=(X[:0], y[:0])),

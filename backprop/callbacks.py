@@ -1,0 +1,129 @@
+"""What watches and steers a fit: a schedule, early stopping, averaging, and whatever a user adds.
+
+A callback is a function of (epoch, history), called after every epoch, that may return True to end
+the training; or an object with some of the methods of `Callback`. Whatever it needs to go on after
+an interruption it gives and takes as plain data: numbers, text, arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from backprop_kernels.errors import KindError
+
+from backprop.history import History
+from backprop.model import Sequential
+from backprop.step import TrainStep
+
+EpochFunction: TypeAlias = Callable[[int, History], Any]
+
+
+@dataclass
+class Training:
+    """A fit in progress. Set `stop` to end it after this epoch."""
+
+    model: Sequential
+    step: TrainStep
+    history: History
+    epochs: int  # asked for
+    rows: int  # of an epoch
+    names: tuple[str, ...]  # what the history will hold: loss, lr, val_loss, …
+    seed: int = 0
+    epoch: int = 0  # from 0
+    done: int = 0  # rows of this epoch that were trained on
+    loss: float = field(default=float("nan"))  # of the last batch
+    stop: bool = False
+
+    @property
+    def position(self) -> float:
+        """Epochs since the start, a fraction within an epoch."""
+        return self.epoch + self.done / self.rows
+
+
+class Callback:
+    """Override what you need. All are given the `Training`; the model may be read and changed.
+
+    `step_begin` comes before each batch and `step_end` after it; while gradients accumulate,
+    `training.step.pending` batches wait for their step. `epoch_end` comes once the epoch is in the
+    history, validation included.
+    """
+
+    def fit_begin(self, training: Training) -> None:
+        """Before the first step. Refuse here what cannot work."""
+
+    def step_begin(self, training: Training) -> None:
+        """Before a batch."""
+
+    def step_end(self, training: Training) -> None:
+        """After a batch."""
+
+    def validation_begin(self, training: Training) -> None:
+        """After the last step of an epoch, before it is validated."""
+
+    def epoch_end(self, training: Training) -> None:
+        """After an epoch and its validation."""
+
+    def fit_end(self, training: Training) -> None:
+        """After the last epoch, also where a callback or an error ended the training."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit needs to go on."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+
+
+class _Function(Callback):
+    """A plain function as a callback."""
+
+    def __init__(self, function: EpochFunction) -> None:
+        self.function = function
+
+    def epoch_end(self, training: Training) -> None:
+        if self.function(training.epoch, training.history):
+            training.stop = True
+
+
+class Callbacks:
+    """`tell("step_end")`: an event to all callbacks that have a method for it, in order."""
+
+    EVENTS = (
+        "fit_begin", "step_begin", "step_end", "validation_begin", "epoch_end", "fit_end"
+    )  # fmt: skip
+
+    def __init__(self, callbacks: Iterable[Callback], training: Training) -> None:
+        self.training = training
+        self.callbacks = list(callbacks)
+        self._methods = {
+            event: [
+                getattr(callback, event)
+                for callback in self.callbacks
+                if getattr(type(callback), event) is not getattr(Callback, event)
+            ]
+            for event in self.EVENTS
+        }
+
+    def tell(self, event: str) -> None:
+        """Call the methods of this name."""
+        for method in self._methods[event]:
+            method(self.training)
+
+
+def as_callbacks(callbacks: Iterable[Callback | EpochFunction]) -> list[Callback]:
+    """Functions wrapped, everything else checked."""
+    found: list[Callback] = []
+    for i, callback in enumerate(callbacks):
+        if isinstance(callback, Callback):
+            found.append(callback)
+        elif callable(callback) and not isinstance(callback, type):
+            found.append(_Function(callback))
+        else:
+            got = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            raise KindError(
+                f"fit: callbacks[{i}]: expected a Callback or a function of (epoch, history), "
+                f"got {got}"
+            )
+    return found
