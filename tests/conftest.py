@@ -8,20 +8,19 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.cuda_host import build
-from tests.cuda_host.backend import backend as cuda_on_host
+from tests.cuda_host import backend as cuda_backend
 
 BACKENDS = ("reference", "cpu")
-OPERATOR_BACKENDS = (*BACKENDS, "cuda")  # the last one in the emulator: tests/cuda_host
+OPERATOR_BACKENDS = (*BACKENDS, "cuda")  # in the emulator: tests/cuda_host
 
 
 @pytest.fixture(params=OPERATOR_BACKENDS, scope="session")
 def backend(request: pytest.FixtureRequest) -> ModuleType | SimpleNamespace:
     """The backend under test: a module with the functions of the operator table."""
     if request.param == "cuda":
-        if reason := build.problem():
+        if reason := cuda_backend.problem():
             pytest.skip(f"the CUDA emulator {reason}")
-        return cuda_on_host
+        return cuda_backend.backend
     return import_module(f"backprop_kernels.{request.param}")
 
 

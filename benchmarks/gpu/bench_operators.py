@@ -1,0 +1,192 @@
+"""Each operator on a GPU beside its yardstick: `python benchmarks/gpu/bench_operators.py`.
+
+A product's yardstick is cuBLAS in float32 without TF32 (`torch.mm`), bare of bias, activation and
+column sums; that of what is bound by memory is the device's own copy of as many bytes. Both sides
+run many times in one CUDA graph, so that no launch is timed. Operands are N(0, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from measure import Clock, Table, device, options, torch_device
+
+REPEATS = 10  # calls in one graph
+SECONDS = 1.0  # per row
+# batch, in_features, out_features
+PRODUCTS = [(1024, 1024, 1024), (4096, 1024, 1024), (4096, 4096, 4096), (8192, 2048, 2048),
+            (65536, 128, 128), (256, 784, 1024)]  # fmt: skip
+ARRAYS = [(8192, 1024), (65536, 256), (4096, 4096), (65536, 10)]  # batch, features
+PARAMETERS = [2**18, 2**22, 2**25]
+
+
+class Work(NamedTuple):
+    """One operator on preallocated arrays; `flop` of a product, else `moved` bytes."""
+
+    operator: str
+    shape: tuple[int, ...]
+    call: Callable[[], object]
+    flop: float = 0.0
+    moved: float = 0.0
+
+
+def main() -> None:
+    """Measure every row, print, append."""
+    given = options(__doc__)
+    torch, where = torch_device(given.dry_run)
+    table = Table(given.out / "operators.csv")
+    with device(given.dry_run) as cupy:
+        clock = Clock(cupy, torch, given.dry_run)
+        for work in works(cupy, given.dry_run):
+            from backprop_kernels import cuda
+
+            def often(work: Work = work) -> None:
+                for _ in range(REPEATS):
+                    work.call()
+
+            contenders = {"ours": cuda.capture(often)}
+            if torch is not None:
+                bare = product(torch, where, work) if work.flop else copy(torch, where, work)
+                contenders["yardstick"] = graph(torch, bare, given.dry_run)
+            times = clock.interleaved(contenders, 0.0 if given.dry_run else SECONDS)
+            ours = times["ours"] / REPEATS
+            yardstick = times.get("yardstick", float("nan")) / REPEATS
+            table.add(
+                operator=work.operator, shape="x".join(map(str, work.shape)), dtype="float32",
+                us=ours * 1e6, rate=(work.flop or work.moved) / ours / 1e9,
+                unit="GFLOP/s" if work.flop else "GB/s",
+                yardstick="cuBLAS" if work.flop else "device copy", yardstick_us=yardstick * 1e6,
+                ratio=ours / yardstick,
+            )  # fmt: skip
+
+
+def works(cupy: Any, dry: bool) -> Iterator[Work]:
+    """The rows of the table."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return cupy.asarray(rng.standard_normal(shape, dtype=np.float32))
+
+    for batch, i, o in [(40, 30, 20)] if dry else PRODUCTS:
+        yield from products(cupy, normal, batch, i, o)
+    for batch, features in [(40, 30)] if dry else ARRAYS:
+        yield from passes(cupy, normal, batch, features)
+    for count in [1000] if dry else PARAMETERS:
+        yield update(cupy, normal, count)
+
+
+def products(cupy: Any, normal: Any, batch: int, i: int, o: int) -> Iterator[Work]:
+    from backprop_kernels import cuda
+
+    X, W, b, dZ, Y, dX = (
+        normal(batch, i), normal(o, i), normal(o), normal(batch, o), normal(batch, o),
+        normal(batch, i),
+    )  # fmt: skip
+    saved, db, dW = normal(batch, o), normal(i), normal(o, i)
+    shape, flop = (batch, i, o), 2.0 * batch * i * o
+    yield Work(
+        "linear_forward", shape,
+        lambda: cuda.linear_forward(X, W, b, "gelu", None, (Y, saved)), flop,
+    )  # fmt: skip
+    yield Work(
+        "linear_dgrad", shape, lambda: cuda.linear_dgrad(dZ, W, X, "gelu", None, (dX, db)), flop
+    )
+    yield Work("linear_wgrad", shape, lambda: cuda.linear_wgrad(dZ, X, dW), flop)
+
+
+def passes(cupy: Any, normal: Any, batch: int, features: int) -> Iterator[Work]:
+    """What reads and writes a whole array: bytes are the least that must move."""
+    from backprop_kernels import cuda
+
+    X, dZ, Y, saved, dX = (normal(batch, features) for _ in range(5))
+    gamma, beta, db, dgamma, column, square = (normal(features) for _ in range(6))
+    row, width = normal(batch), normal(batch)
+    ids = cupy.asarray(np.arange(batch) % features)
+    order = cupy.asarray(np.random.default_rng(0).permutation(batch))
+    value = cupy.empty((), np.float64)
+    shape, once = (batch, features), 4.0 * batch * features
+    yield Work(
+        "loss cross_entropy", shape,
+        lambda: cuda.loss(X, ids, "cross_entropy", out=(value, dX, db)), moved=2 * once,
+    )  # fmt: skip
+    yield Work("loss mse", shape, lambda: cuda.loss(X, dZ, out=(value, dX, db)), moved=3 * once)
+    yield Work(
+        "layer_norm_forward", shape,
+        lambda: cuda.layer_norm_forward(X, gamma, beta, out=(Y, None, row, width)), moved=2 * once,
+    )  # fmt: skip
+    yield Work(
+        "layer_norm_backward", shape,
+        lambda: cuda.layer_norm_backward(
+            dZ, X, gamma, row, width, saved, "gelu", out=(dX, db, dgamma)
+        ), moved=4 * once,
+    )  # fmt: skip
+    yield Work(
+        "batch_norm_forward", shape,
+        lambda: cuda.batch_norm_forward(
+            X, gamma, beta, column, square, out=(Y, None, dgamma, db)
+        ), moved=3 * once,
+    )  # fmt: skip
+    yield Work(
+        "batch_norm_backward", shape,
+        lambda: cuda.batch_norm_backward(
+            dZ, X, gamma, column, square, saved, "gelu", out=(dX, db, dgamma)
+        ), moved=6 * once,
+    )  # fmt: skip
+    yield Work("gather_rows", shape, lambda: cuda.gather_rows(X, order, Y), moved=2 * once)
+
+
+def update(cupy: Any, normal: Any, count: int) -> Work:
+    from backprop_kernels import cuda
+    from backprop_kernels.optimizers import OPTIMIZERS
+
+    P, G = normal(count), normal(count)
+    state = [cupy.zeros(count, np.float32) for _ in range(2)]
+    row = OPTIMIZERS["AdamW"]
+    scalars = cupy.asarray(np.array([1.0, *row.scalars(1, **row.options)]))
+    norm = cupy.empty((), np.float64)
+    return Work(
+        "optimizer_step AdamW", (count,),
+        lambda: cuda.optimizer_step(P, G, state, scalars, "AdamW", None, norm),
+        moved=8 * 4.0 * count,  # G twice, P and both moments in and out
+    )  # fmt: skip
+
+
+def product(torch: Any, where: str, work: Work) -> Callable[[], object]:
+    """The same product, and nothing else."""
+    batch, i, o = work.shape
+    X, W, dZ = (torch.randn(s, device=where) for s in ((batch, i), (o, i), (batch, o)))
+    A, B = {"forward": (X, W.T), "dgrad": (dZ, W), "wgrad": (dZ.T, X)}[
+        work.operator.removeprefix("linear_")
+    ]
+    C = torch.empty(A.shape[0], B.shape[1], device=where)
+    return lambda: torch.mm(A, B, out=C)
+
+
+def copy(torch: Any, where: str, work: Work) -> Callable[[], object]:
+    """As many bytes, half of them read and half written."""
+    source, target = (torch.zeros(int(work.moved / 8), device=where) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
+def graph(torch: Any, call: Callable[[], object], dry: bool) -> Callable[[], object]:
+    """REPEATS calls in one CUDA graph."""
+
+    def often() -> None:
+        for _ in range(REPEATS):
+            call()
+
+    if dry:
+        return often
+    often()  # cuBLAS allocates its workspace now
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        often()
+    replay: Callable[[], object] = captured.replay
+    return replay
+
+
+if __name__ == "__main__":
+    main()

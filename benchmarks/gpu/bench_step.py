@@ -1,0 +1,147 @@
+"""A whole training step on a GPU beside the bare products of that step.
+
+`python benchmarks/gpu/bench_step.py`: the products are cuBLAS's in float32 without TF32, in one
+CUDA graph; then our step as a graph replay, our step as called from Python with its loss read back,
+PyTorch eager, and PyTorch compiled, with a CUDA graph; both with fused AdamW. Data is on the
+device and N(0, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from bench_operators import REPEATS, graph
+from measure import Clock, Table, device, options, torch_device
+
+SECONDS = 3.0  # per row
+# batch, widths
+SHAPES = [
+    (64, [64, 64, 64, 10]),
+    (256, [128, 256, 256, 10]),
+    (256, [784, 1024, 1024, 10]),
+    (1024, [155, 256, 128, 1]),
+    (1024, [784, 1024, 1024, 10]),
+    (8192, [128, 256, 256, 10]),
+    (1024, [2048, 2048, 2048, 10]),
+    (8192, [2048, 2048, 2048, 10]),
+    (8192, [4096, 4096, 4096, 10]),
+    (65536, [64, 64, 64, 1]),
+]
+Contenders = dict[str, Callable[[], object]]
+
+
+def main() -> None:
+    """Measure every shape, print, append."""
+    given = options(__doc__)
+    torch, where = torch_device(given.dry_run)
+    table = Table(given.out / "step.csv")
+    with device(given.dry_run) as cupy:
+        clock = Clock(cupy, torch, given.dry_run)
+        for batch, widths in [(16, [9, 12, 3])] if given.dry_run else SHAPES:
+            contenders = {**ours(batch, widths)}
+            if torch is not None:
+                contenders |= theirs(torch, where, batch, widths, given.dry_run)
+            times = clock.interleaved(contenders, 0.0 if given.dry_run else SECONDS)
+            times["bare"] = times.get("bare", float("nan")) / REPEATS
+            table.add(
+                batch=batch, widths="-".join(map(str, widths)), dtype="float32",
+                **{f"{name}_us": t * 1e6 for name, t in times.items()},
+                **{f"{n}_by_bare": t / times["bare"] for n, t in times.items() if n != "bare"},
+            )  # fmt: skip
+
+
+def ours(batch: int, widths: list[int]) -> Contenders:
+    """`graph`: the captured step, queued and not waited for. `step`: with its loss as a number."""
+    import backprop as bp
+
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((batch, widths[0]), dtype=np.float32)
+    classes = widths[-1] > 1
+    y = rng.integers(0, widths[-1], batch) if classes else np.zeros((batch, 1), np.float32)
+    model = bp.MLP(widths, device="cuda")
+    loss = "cross_entropy" if classes else "mse"
+    step = bp.TrainStep(model, loss, bp.AdamW(lr=1e-4), batch)
+    host = step.gradients.inputs(X, y, None, "bench_step", finite=False)
+    arrays = [model.memory.place(array) for array in host]
+    step.run(*arrays)
+    program = step.prepare(*arrays)
+    return {"graph": lambda: program(*arrays), "step": lambda: step.run(*arrays)}
+
+
+def theirs(torch: Any, where: str, batch: int, widths: list[int], dry: bool) -> Contenders:
+    """The bare products, and PyTorch in two ways."""
+    found = {"bare": graph(torch, bare(torch, where, batch, widths), dry)}
+    X = torch.randn(batch, widths[0], device=where)
+    classes = widths[-1] > 1
+    y = (
+        torch.randint(0, widths[-1], (batch,), device=where)
+        if classes
+        else torch.zeros(batch, 1, device=where)
+    )
+    found["eager"] = trained(torch, where, widths, X, y, compiled=False)
+    if not dry:
+        found["compiled"] = trained(torch, where, widths, X, y, compiled=True)
+    return found
+
+
+def bare(torch: Any, where: str, batch: int, widths: list[int]) -> Callable[[], object]:
+    """The step's products: forward, weight gradients, all deltas but the first layer's."""
+    products = []
+    for layer, (i, o) in enumerate(pairwise(widths)):
+        X, W, dZ = (torch.randn(s, device=where) for s in ((batch, i), (o, i), (batch, o)))
+        products.append((X, W.T, torch.empty(batch, o, device=where)))
+        products.append((dZ.T, X, torch.empty(o, i, device=where)))
+        if layer:
+            products.append((dZ, W, torch.empty(batch, i, device=where)))
+
+    def run() -> None:
+        for A, B, C in products:
+            torch.mm(A, B, out=C)
+
+    return run
+
+
+def trained(
+    torch: Any, where: str, widths: list[int], X: Any, y: Any, compiled: bool
+) -> Callable[[], object]:
+    """Eager as most people write it; compiled with everything that makes it fast."""
+    layers: list[Any] = []
+    for i, o in pairwise(widths):
+        layers += [torch.nn.Linear(i, o), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers[:-1]).to(where)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, fused=True, capturable=compiled and where == "cuda"
+    )
+    loss = torch.nn.CrossEntropyLoss() if widths[-1] > 1 else torch.nn.MSELoss()
+
+    def forward(X: Any, y: Any) -> Any:
+        return loss(model(X), y)
+
+    if compiled:
+        forward = torch.compile(forward, mode="max-autotune-no-cudagraphs")
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=not compiled)
+        forward(X, y).backward()
+        optimizer.step()
+
+    if not compiled:
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm up beside the stream that will be captured
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run()
+    replay: Callable[[], object] = captured.replay
+    return replay
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Every operator on the device beside the reference in float64: `python benchmarks/gpu/check.py`.
+
+Needs NumPy and CuPy only. Products of whole numbers must agree bit for bit, everything else to a
+few roundings; repeated calls must give the same bits; a class id out of range must leave the
+context usable; a training run must follow the reference's loss curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from measure import Table, device, options
+
+DTYPES = ("float32", "float64")
+REPEATS = 100
+
+
+def main() -> None:
+    """Run every check, write a row for each, end with an error if one failed."""
+    given = options(__doc__)
+    sizes = (33, 17, 40) if given.dry_run else (130, 70, 257)
+    table = Table(given.out / "check.csv")
+    failed = 0
+    with device(given.dry_run) as cupy:
+        if given.small:
+            cupy.cuda.set_allocator(None)  # the sanitizer then knows where each array ends
+        for name, check in checks(cupy, sizes, given.dry_run or given.small):
+            try:
+                worst, problem = float(check()), ""
+            except Exception as error:  # the other checks still count
+                worst, problem = float("nan"), f"{type(error).__name__}: {error}".splitlines()[0]
+            good = not problem and worst <= 1
+            failed += not good
+            table.add(check=name, good=good, error_by_bound=worst, problem=problem)
+    print(f"{failed} failed")
+    raise SystemExit(failed > 0)
+
+
+Check = tuple[str, Callable[[], float]]
+
+
+def checks(cupy: Any, sizes: tuple[int, int, int], few: bool) -> Iterator[Check]:
+    """(name, a function that gives the largest error divided by its bound)."""
+    from backprop_kernels.activations import ACTIVATIONS
+    from backprop_kernels.losses import LOSSES
+    from backprop_kernels.optimizers import OPTIMIZERS
+
+    some = ["relu", "gelu", "tanh"] if few else list(ACTIVATIONS)
+    for dtype in map(np.dtype, DTYPES[: 1 if few else 2]):
+        yield f"whole products {dtype}", lambda d=dtype: products(cupy, sizes, d)
+        for act in some:
+            yield f"layer {act} {dtype}", lambda d=dtype, a=act: layer(cupy, sizes, d, a)
+        for norm in ("batch_norm", "layer_norm"):
+            yield f"{norm} {dtype}", lambda d=dtype, n=norm: normalised(cupy, sizes, d, n)
+        for loss in LOSSES:
+            yield f"loss {loss} {dtype}", lambda d=dtype, n=loss: losses(cupy, sizes, d, n)
+        for rule in OPTIMIZERS:
+            yield f"update {rule} {dtype}", lambda d=dtype, r=rule: updated(cupy, d, r)
+    yield "same bits", lambda: repeated(cupy, sizes, 3 if few else REPEATS)
+    yield "a wrong class id", lambda: wrong_class(cupy)
+    yield "training", trained
+
+
+def both(
+    cupy: Any, name: str, arguments: list[Any], slack: float = 8.0, exact: bool = False
+) -> float:
+    """The operator on the device and in the reference: the largest error by its bound."""
+    from backprop_kernels import cuda, reference
+
+    dtype = next(a.dtype for a in arguments if isinstance(a, np.ndarray) and a.dtype.kind == "f")
+
+    def wide(value: Any) -> Any:
+        return value.astype(float) if getattr(value, "dtype", None) == dtype else value
+
+    got = getattr(cuda, name)(*(placed(cupy, a) for a in arguments))
+    expected = getattr(reference, name)(*map(wide, arguments))
+    worst = 0.0
+    for computed, true in zip(as_tuple(got), as_tuple(expected), strict=True):
+        if computed is None or true is None or np.size(true) == 0:
+            continue
+        error = np.abs(computed.get().astype(float) - true)
+        # 16 u of the largest result; tests/kernels have bounds of every element.
+        bound = 0 if exact else slack * np.finfo(dtype).eps * np.abs(true).max()
+        with np.errstate(all="ignore"):
+            ratio = np.where(error == 0, 0, error / bound)
+        worst = max(worst, float(np.nan_to_num(ratio, nan=np.inf).max()))
+    return worst
+
+
+def placed(cupy: Any, value: Any) -> Any:
+    """Arrays on the device; everything else as it is."""
+    if hasattr(value, "stream"):
+        return value._replace(stream=cupy.asarray(value.stream))
+    return cupy.asarray(value) if isinstance(value, np.ndarray) else value
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def normal(dtype: Any, *shapes: tuple[int, ...]) -> list[Any]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def products(cupy: Any, sizes: tuple[int, int, int], dtype: Any) -> float:
+    """Whole numbers, ragged and tile-exact shapes: no rounding anywhere."""
+    from backprop_kernels.arrays import Dropout
+
+    rng = np.random.default_rng(0)
+    half = Dropout(0.5, np.array([5, 3]), 2)
+    worst = 0.0
+    for n, i, o in (sizes, (1, 1, 1), (128, 64, 128), (sizes[2], sizes[0], sizes[1])):
+        X, W, b, dZ, saved = (
+            rng.integers(-8, 9, s).astype(dtype) for s in ((n, i), (o, i), (o,), (n, o), (n, i))
+        )
+        worst = max(
+            worst,
+            both(cupy, "linear_forward", [X, W, b, "relu", half], exact=True),
+            both(cupy, "linear_dgrad", [dZ, W, saved, "relu", half], exact=True),
+            both(cupy, "linear_wgrad", [dZ, X], exact=True),
+        )
+    return worst
+
+
+def layer(cupy: Any, sizes: tuple[int, int, int], dtype: Any, activation: str) -> float:
+    n, i, o = sizes
+    X, W, b, dZ, saved = normal(dtype, (n, i), (o, i), (o,), (n, o), (n, i))
+    W /= dtype.type(i**0.5)
+    forward = both(cupy, "linear_forward", [X, W, b, activation])
+    return max(forward, both(cupy, "linear_dgrad", [dZ, W, np.abs(saved) / 4, activation]))
+
+
+def normalised(cupy: Any, sizes: tuple[int, int, int], dtype: Any, name: str) -> float:
+    n, f, _ = sizes
+    X, gamma, beta, dZ, saved = normal(dtype, (n, f), (f,), (f,), (n, f), (n, f))
+    per = (f,) if name == "batch_norm" else (n,)
+    running = [np.zeros(f, dtype), np.ones(f, dtype)] if name == "batch_norm" else []
+    mean, rstd = normal(dtype, per, per)
+    forward = both(cupy, f"{name}_forward", [X, gamma, beta, *running])
+    backward = [dZ, X, gamma, mean / 9, np.abs(rstd), np.tanh(saved), "tanh"]
+    return max(forward, both(cupy, f"{name}_backward", backward, 32.0))
+
+
+def losses(cupy: Any, sizes: tuple[int, int, int], dtype: Any, name: str) -> float:
+    n, f, _ = sizes
+    f += f % 2
+    Z, real, weight = normal(dtype, (n, f), (n, f), (n,))
+    targets = {
+        "counts": np.floor(np.abs(real)), "probability": np.abs(np.tanh(real)),
+        "binary": (real > 0).astype(dtype), "sign": np.where(real > 0, 1, -1).astype(dtype),
+        "classes": np.arange(n) % f,
+    }  # fmt: skip
+    from backprop_kernels.losses import LOSSES
+
+    target = targets.get(LOSSES[name].targets, real)
+    if name == "gaussian_nll":
+        target = real[:, : f // 2].copy()
+    return both(cupy, "loss", [Z, target, name, {}, "identity", np.abs(weight)])
+
+
+def updated(cupy: Any, dtype: Any, rule: str) -> float:
+    from backprop_kernels import cuda, reference
+    from backprop_kernels.optimizers import OPTIMIZERS
+
+    row = OPTIMIZERS[rule]
+    P, G, *state = normal(dtype, *[(5000,)] * (2 + len(row.state)))
+    state = [np.abs(s) for s in state]
+    scalars = np.array([1.0, *row.scalars(3, **row.options)])
+    on_device = [cupy.asarray(a) for a in (P, G, scalars, *state)]
+    cuda.optimizer_step(on_device[0], on_device[1], on_device[3:], on_device[2], rule)
+    reference.optimizer_step(P, G, state, scalars, rule)
+    bound = 64 * float(np.finfo(dtype).eps)
+    pairs = zip((on_device[0], *on_device[3:]), (P, *state), strict=True)
+    return max(float(np.abs(a.get() - b).max()) / bound / 8 for a, b in pairs)
+
+
+def repeated(cupy: Any, sizes: tuple[int, int, int], times: int) -> float:
+    """Bitwise the same, however often: no sum depends on which block comes first."""
+    from backprop_kernels import cuda
+
+    n, i, o = sizes
+    dZ, X, W = (cupy.asarray(a) for a in normal(np.float32, (9 * n, o), (9 * n, i), (o, i)))
+    seen = set()
+    for _ in range(times):
+        results = [
+            cuda.linear_wgrad(dZ, X), *cuda.linear_dgrad(dZ, W),
+            *cuda.loss(dZ, dZ, "log_cosh", None, "tanh"),
+        ]  # fmt: skip
+        seen.add(b"".join(r.get().tobytes() for r in results))
+    return float(len(seen))
+
+
+def wrong_class(cupy: Any) -> float:
+    from backprop_kernels import cuda
+    from backprop_kernels.errors import LabelError
+
+    Z = cupy.asarray(np.zeros((300, 3), np.float32))
+    try:
+        cuda.loss(Z, cupy.asarray(np.arange(300)), "cross_entropy")
+    except LabelError:
+        good = cuda.loss(Z, cupy.asarray(np.arange(300) % 3), "cross_entropy")[0]
+        return abs(float(good) - float(np.log(3))) / 1e-6
+    return float("inf")
+
+
+def trained() -> float:
+    """Ten epochs on the device and in the reference: the same weights, data and dropout masks."""
+    import backprop as bp
+
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((300, 9)).astype(np.float32)
+    y = (X[:, 0] * X[:, 1] > 0).astype(int) + (X[:, 2] > 0)
+    curves = []
+    for where in ("cuda", "reference"):
+        model = bp.MLP([9, 32, 16, 3], activation="gelu", dropout=0.1, device=where, seed=1)
+        history = bp.fit(
+            model, X, y, loss="cross_entropy", optimizer=bp.AdamW(lr=1e-3), epochs=10,
+            batch_size=64, progress=False, seed=1,
+        )  # fmt: skip
+        curves.append(np.array(history["loss"]))
+    return float(np.abs(curves[0] / curves[1] - 1).max() / 1e-4)
+
+
+if __name__ == "__main__":
+    main()
