@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -86,12 +87,13 @@ def parts() -> list[Part]:
 def main() -> None:
     """Run the parts, keep what they write, sum it up."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "gpu")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--minutes", type=float, default=40.0, help="for all parts together")
     parser.add_argument("--only", default="", help="parts whose names hold this text")
     given = parser.parse_args()
-    out = given.out.resolve()
+    default = Path(tempfile.mkdtemp()) if given.dry_run else HERE.parent / "results" / "gpu"
+    out = (given.out or default).resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * given.minutes
     found = machine(given.dry_run)
@@ -105,6 +107,7 @@ def main() -> None:
         elif left < 10:
             outcome = f"not run: the {given.minutes:g} minutes were over"
         else:
+            print(f"{part.name} …", flush=True)
             outcome = run(part, out, min(60 * part.minutes, left), given.dry_run)
         print(f"{part.name}: {outcome}", flush=True)
         outcomes.append((part, outcome))
