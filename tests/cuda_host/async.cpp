@@ -1,11 +1,49 @@
-// The asynchronous work that include/ptx.cuh starts: copies into shared memory, and their barriers.
+// What the instructions of include/ptx.cuh do, as late as the program allows.
 #include "async.hpp"
 
 namespace host {
 
 namespace {
+
 std::vector<Work> bulk_copies;
+
+// A plain-text tensor map: the fields that cuTensorMapEncodeTiled takes, for two dimensions.
+struct Map {
+    const unsigned char* base;
+    long long columns, rows, row_bytes;
+    int box_columns, box_rows, element_bytes, swizzle;
+};
+
+struct Barrier {  // the 8 bytes of an mbarrier
+    int pending : 12, arrivals : 12;
+    unsigned phase : 8;
+    int bytes;  // still expected
+};
+static_assert(sizeof(Barrier) == 8, "");
+
+Barrier& barrier_at(uintptr_t address) { return *reinterpret_cast<Barrier*>(address); }
+
+void end_phase(Barrier& b) {
+    if (b.pending || b.bytes) return;
+    b.phase ^= 1;
+    b.pending = b.arrivals;
 }
+
+// Where byte `address` lies under the 128-byte swizzle: bits 4-6 are crossed with bits 7-9.
+uintptr_t swizzled(uintptr_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+float element_128(uintptr_t base, unsigned row, unsigned k) {
+    const uintptr_t at = swizzled(base + row / 8 * 1024 + row % 8 * 128 + k * 2);
+    return from_bf16(*reinterpret_cast<const unsigned short*>(at));
+}
+
+float from_bits(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+}  // namespace
 
 bool bulk_copies_pending() { return !bulk_copies.empty(); }
 
@@ -17,5 +55,132 @@ void finish_bulk_copy(uint64_t which) {
 }
 
 void drop_bulk_copies() { bulk_copies.clear(); }
+
+void aligned(uintptr_t address, unsigned bytes, const char* what, int line) {
+    char text[64];
+    if (address % bytes == 0) return;
+    snprintf(text, sizeof text, "%s: address not on %u bytes", what, bytes);
+    fail(text, line);
+}
+
+void copy_later(uintptr_t to, const void* from, unsigned bytes, unsigned valid, int line) {
+    aligned(to, bytes, "cp.async to", line);
+    aligned(reinterpret_cast<uintptr_t>(from), bytes, "cp.async from", line);
+    if (valid > bytes) fail("cp.async: more valid bytes than bytes", line);
+    self().copies.open.push_back([=] {
+        memset(reinterpret_cast<void*>(to), 0, bytes);
+        if (valid) memcpy(reinterpret_cast<void*>(to), from, valid);
+    });
+}
+
+void commit_copies() { self().copies.commit(); }
+void wait_copies(size_t pending) { self().copies.wait(pending); }
+
+void barrier_init(uintptr_t barrier, unsigned arrivals, int line) {
+    aligned(barrier, 8, "mbarrier", line);
+    barrier_at(barrier) = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
+}
+
+void barrier_arrive(uintptr_t barrier, unsigned bytes, int line) {
+    Barrier& b = barrier_at(barrier);
+    if (b.pending <= 0) fail("mbarrier: more arrivals than it counts", line);
+    b.bytes += static_cast<int>(bytes);
+    --b.pending;
+    end_phase(b);
+}
+
+bool barrier_passed(uintptr_t barrier, unsigned parity) { return barrier_at(barrier).phase != (parity & 1); }
+
+void load_box_later(uintptr_t to, const void* map, uintptr_t barrier, int x, int y, int line) {
+    const Map m = *static_cast<const Map*>(map);
+    aligned(reinterpret_cast<uintptr_t>(map), 64, "tensor map", line);
+    aligned(to, m.swizzle ? 1024 : 128, "TMA to", line);
+    bulk_copies.push_back([=] {
+        const int size = m.element_bytes;
+        for (int r = 0; r < m.box_rows; ++r) {
+            for (int c = 0; c < m.box_columns; ++c) {
+                uintptr_t at = to + (static_cast<uintptr_t>(r) * m.box_columns + c) * size;
+                if (m.swizzle) at = swizzled(at);
+                const bool inside = x + c >= 0 && x + c < m.columns && y + r >= 0 && y + r < m.rows;
+                if (inside) {
+                    memcpy(reinterpret_cast<void*>(at), m.base + (y + r) * m.row_bytes + (x + c) * size, size);
+                } else {
+                    memset(reinterpret_cast<void*>(at), 0, size);
+                }
+            }
+        }
+        Barrier& b = barrier_at(barrier);
+        b.bytes -= m.box_rows * m.box_columns * size;
+        end_phase(b);
+    });
+}
+
+void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, int keep) {
+    const unsigned t = rank % GROUP, row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+    self().products.open.push_back([=] {
+        for (unsigned i = 0; i < columns / 2; ++i) {
+            const unsigned m = row + i % 4 / 2 * 8, n = i / 4 * 8 + column + i % 2;
+            float sum = keep ? d[i] : 0.0f;
+            for (unsigned k = 0; k < 16; ++k) sum += element_128(a, m, k) * element_128(b, n, k);
+            d[i] = sum;
+        }
+    });
+}
+
+// wgmma holds its warpgroup together.
+void commit_products(int line) {
+    wait(AT_GROUP_BARRIER, line);
+    self().products.commit();
+}
+
+void wait_products(size_t pending, int line) {
+    wait(AT_GROUP_BARRIER, line);
+    self().products.wait(pending);
+    wait(AT_GROUP_BARRIER, line);  // no thread overwrites what another has yet to multiply
+}
+
+unsigned short to_bf16(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fff;
+    return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float from_bf16(unsigned bits) { return from_bits(bits << 16); }
+
+float from_fp16(unsigned bits) {
+    const float sign = bits >> 15 ? -1.0f : 1.0f;
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+    if (exponent == 0) return sign * ldexpf(static_cast<float>(fraction), -24);
+    return sign * ldexpf(static_cast<float>(fraction + 1024), exponent - 25);
+}
+
+void mma16(float* d, const unsigned* a, const unsigned* b, float (*value)(unsigned), int line) {
+    struct Fragments { unsigned a[4], b[2]; };
+    const auto lanes = gather(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, line);
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; ++k) {
+            const unsigned from_a = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+            const unsigned from_b = lanes[column * 4 + k % 8 / 2].b[k / 8];
+            d[i] += value(k % 2 ? from_a >> 16 : from_a & 0xffff) * value(k % 2 ? from_b >> 16 : from_b & 0xffff);
+        }
+    }
+}
+
+void mma_tf32(float* d, const unsigned* a, const unsigned* b, int line) {
+    struct Fragments { unsigned a[4], b[2]; };
+    const auto lanes = gather(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, line);
+    constexpr unsigned KEPT = ~0x1fffu;
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 8; ++k) {
+            const unsigned from_a = lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2];
+            const unsigned from_b = lanes[column * 4 + k % 4].b[k / 4];
+            d[i] += from_bits(from_a & KEPT) * from_bits(from_b & KEPT);
+        }
+    }
+}
 
 }  // namespace host

@@ -2,6 +2,8 @@
 #pragma once
 #include "host.hpp"
 
+#include <stdio.h>
+
 #include <deque>
 #include <functional>
 #include <vector>

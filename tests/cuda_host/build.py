@@ -51,8 +51,9 @@ def unit(of: Unit, threads: bool = False) -> bytes:
     text = nvrtc.text(of.file)
     entries = re.findall(r"__global__[^;{]*?(\w+)\s*\([^()]*\)\s*\{", text)
     program = text + "\n" + "".join(f"HOST_KERNEL({name})\n" for name in entries)
+    file = Path(of.file).name
     headers = {**nvrtc.headers(), "variant.cuh": of.variant}
-    return _compiled({of.file: program, **headers}, (of.file,), threads)
+    return _compiled({file: program, **headers}, (file,), threads)
 
 
 @cache

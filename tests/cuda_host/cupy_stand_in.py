@@ -291,7 +291,7 @@ class Function:
     _turn = itertools.count()
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        self.name = name
+        self.name = self.ptr = name
         self._run, self._size = getattr(library, f"run_{name}"), getattr(library, f"size_{name}")
         self._run.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_size_t, ctypes.c_uint64]
 
@@ -305,6 +305,8 @@ class Function:
                 )
         if self._size(len(values)) != -1:
             raise TypeError(f"{self.name}: {len(values)} arguments are too few")
+        if shared_mem > _dynamic_shared.get(self.name, 48 << 10):
+            raise RuntimeError(f"{self.name}: {shared_mem} bytes of shared memory: too many")
         if _capturing is not None:
             _capturing.append(lambda: self._launch(grid, block, values, shared_mem))
         else:
@@ -349,8 +351,17 @@ def _loaded(code: bytes, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
     return _libraries[code]
 
 
+_dynamic_shared: dict[str, int] = {}  # by kernel
+
+
+def _set_attribute(function: str, attribute: int, value: int) -> None:
+    assert attribute == 8 and value <= 227 << 10, "shared memory of a block of an H100"
+    _dynamic_shared[function] = value
+
+
 cuda = SimpleNamespace(
     Device=Device,
+    driver=SimpleNamespace(funcSetAttribute=_set_attribute),
     Event=Event,
     Stream=Stream,
     alloc_pinned_memory=bytearray,

@@ -54,6 +54,24 @@ template <class T> Lanes<T> gather(const T& value, int line) {
 }
 inline unsigned lane() { return rank % WARP; }
 
+// What the instructions of include/ptx.cuh start; async.cpp does it.
+void aligned(uintptr_t address, unsigned bytes, const char* what, int line);
+void copy_later(uintptr_t to, const void* from, unsigned bytes, unsigned valid, int line);
+void commit_copies();
+void wait_copies(size_t pending);
+void barrier_init(uintptr_t barrier, unsigned arrivals, int line);
+void barrier_arrive(uintptr_t barrier, unsigned bytes, int line);
+bool barrier_passed(uintptr_t barrier, unsigned parity);
+void load_box_later(uintptr_t to, const void* map, uintptr_t barrier, int x, int y, int line);
+void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, int keep);
+void commit_products(int line);
+void wait_products(size_t pending, int line);
+unsigned short to_bf16(float x);
+float from_bf16(unsigned bits);
+float from_fp16(unsigned bits);
+void mma16(float* d, const unsigned* a, const unsigned* b, float (*value)(unsigned), int line);
+void mma_tf32(float* d, const unsigned* a, const unsigned* b, int line);
+
 using Body = void (*)(void** arguments);
 int run(Body body, void** arguments, const unsigned* grid, const unsigned* block, size_t dynamic,
         unsigned char* shared, unsigned char* shared_end, uint64_t schedule);

@@ -7,10 +7,6 @@ with how it is launched.
 from __future__ import annotations
 
 import re
-import subprocess
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -19,6 +15,7 @@ from backprop_kernels.cuda.compile import OPTIONS, Unit
 from backprop_kernels.errors import KernelCompileError
 
 from tests.cuda_host import recorder
+from tests.cuda_host.machine_code import NEEDS_NVRTC, instructions
 from tests.cuda_host.recorder import Asked
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -35,19 +32,7 @@ FLOAT64 = {
 MULTIPLIES = {"float": "FFMA", "double": "DFMA"}
 PARAMETER = {"u64": 8, "s64": 8, "b64": 8, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "f32": 4}
 
-pytestmark = pytest.mark.skipif(
-    find_spec("cuda") is None or find_spec("cuda.pathfinder") is None,
-    reason="needs NVRTC: pip install cuda-pathfinder 'cuda-toolkit[nvrtc,nvdisasm]==13.4.*'",
-)
-
-
-@cache
-def nvdisasm() -> str:
-    from cuda.pathfinder import find_nvidia_binary_utility
-
-    path = find_nvidia_binary_utility("nvdisasm")
-    assert path is not None, "pip install 'cuda-toolkit[nvdisasm]==13.4.*'"
-    return str(path)
+pytestmark = NEEDS_NVRTC
 
 
 def parameter_sizes(ptx: str, entry: str) -> list[int]:
@@ -67,22 +52,10 @@ def usage(log: str, entry: str) -> tuple[int, int, int]:
     return int(found[2]), int(shared[1]) if shared else 0, int(found[1])
 
 
-def opcodes(sass: str, entry: str) -> set[str]:
-    """The instructions of one kernel."""
-    section = sass.split(f".section\t.text.{entry},", 1)
-    assert len(section) == 2, f"no code of {entry}"
-    body = section[1].split("\t.section\t", 1)[0]
-    return set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", body, re.M))
-
-
-def check(unit: Unit, entries: dict[str, Asked], arch: str, folder: Path) -> None:
+def check(unit: Unit, entries: dict[str, Asked], arch: str) -> None:
     what = f"{unit.file} for {arch}"
     compiled = nvrtc.compile_unit(unit, arch, (*OPTIONS, "--ptxas-options=-v"))
-    file = folder / "unit.cubin"
-    file.write_bytes(compiled.cubin)
-    sass = subprocess.run(
-        [nvdisasm(), "-c", str(file)], capture_output=True, text=True, check=True
-    ).stdout
+    made_of = instructions(compiled.cubin)
     real = "double" if "using real = double" in unit.variant else "float"
     for entry, asked in entries.items():
         assert parameter_sizes(compiled.ptx, entry) == asked.sizes, f"{what}: {entry}: parameters"
@@ -91,7 +64,7 @@ def check(unit: Unit, entries: dict[str, Asked], arch: str, folder: Path) -> Non
         most = min(REGISTERS_PER_THREAD, REGISTERS // max(asked.threads))
         assert registers <= most, f"{what}: {entry}: {registers} registers"
         assert shared + asked.shared <= SHARED, f"{what}: {entry}: {shared} bytes of shared memory"
-        found = opcodes(sass, entry)
+        found = made_of[entry]
         kinds = {code.partition(".")[0] for code in found}
         assert not kinds & {"LDL", "STL"}, f"{what}: {entry}: local memory"
         if entry.startswith("linear_"):
@@ -101,22 +74,22 @@ def check(unit: Unit, entries: dict[str, Asked], arch: str, folder: Path) -> Non
             assert not double, f"{what}: {entry}: float64 in {sorted(double)}"
 
 
-def test_representative_kernels_compile_as_they_are_launched(tmp_path: Path) -> None:
+def test_representative_kernels_compile_as_they_are_launched() -> None:
     """One activation, two losses and a rule: float32 for old and new GPUs, float64 for Hopper."""
     rows = (("gelu",), ("mse", "cross_entropy"), ("AdamW",))
     record = recorder.everything(("float32",), *rows)
     for arch in ("sm_75", "sm_120"):
         for unit, entries in record.items():
-            check(unit, entries, arch, tmp_path)
+            check(unit, entries, arch)
     for unit, entries in recorder.everything(("float64",), *rows).items():
-        check(unit, entries, "sm_90", tmp_path)
+        check(unit, entries, "sm_90")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_kernel_compiles_as_it_is_launched(arch: str, tmp_path: Path) -> None:
+def test_every_kernel_compiles_as_it_is_launched(arch: str) -> None:
     for unit, entries in recorder.everything(*recorder.whole()).items():
-        check(unit, entries, arch, tmp_path)
+        check(unit, entries, arch)
 
 
 def test_every_cu_file_and_entry_is_launched() -> None:

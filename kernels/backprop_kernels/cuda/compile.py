@@ -29,7 +29,7 @@ _lock = threading.Lock()
 
 
 class Unit(NamedTuple):
-    """One .cu file, and the text of the `variant.cuh` that it includes first."""
+    """One .cu file of this folder (or a path), and the `variant.cuh` that it includes first."""
 
     file: str
     variant: str
@@ -112,7 +112,7 @@ def nvrtc_version() -> str:
 def _known(arch: str) -> str:
     """`arch`, or the newest one below it that NVRTC compiles to, as PTX."""
     supported = _architectures()
-    number = int(arch.removeprefix("sm_"))
+    number = int(arch.removeprefix("sm_").rstrip("a"))
     if number in supported:
         return arch
     older = [a for a in supported if a < number]

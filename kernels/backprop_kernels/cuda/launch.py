@@ -20,6 +20,8 @@ from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.errors import DeviceMemoryError, KindError, ShapeError
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
+SHARED_BY_DEFAULT = 48 << 10  # bytes; more is asked for
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 _thread = threading.local()
 
@@ -42,7 +44,7 @@ def launch(
     """Run a kernel, or add it to the capture that this thread is making.
 
     arguments: device arrays and None go as pointers, Python integers as `long long`, NumPy scalars
-    by their own size.
+    and NumPy arrays of one element by value.
     """
     grid = (*grid, 1, 1)[:3]
     if any(n > most for n, most in zip(grid, LARGEST_GRID, strict=True)):
@@ -50,8 +52,11 @@ def launch(
     arrays = tuple(a for a in arguments if is_array(a))
     device = arrays[0].device.id if arrays else cupy().cuda.Device().id
     with cupy().cuda.Device(device):
+        function = _function(unit, entry, device, cupy())
+        if shared > SHARED_BY_DEFAULT:
+            cupy().cuda.driver.funcSetAttribute(function.ptr, MAX_DYNAMIC_SHARED, shared)
         call = Launch(
-            _function(unit, entry, device, cupy()), grid, tuple(block),
+            function, grid, tuple(block),
             tuple(_word(entry, a) for a in arguments), shared, arrays,
         )  # fmt: skip
         recorded: list[Launch] | None = getattr(_thread, "launches", None)
@@ -174,7 +179,9 @@ def _function(unit: Unit, entry: str, device: int, cupy: Any) -> Any:
 
 @cache
 def _module(unit: Unit, device: int, cupy: Any) -> Any:
-    arch = f"sm_{cupy.cuda.Device(device).compute_capability}"
+    capability = int(cupy.cuda.Device(device).compute_capability)
+    # "a": all instructions of this very architecture, such as wgmma.
+    arch = f"sm_{capability}" + ("a" if capability >= 90 else "")
     module = cupy.cuda.function.Module()
     module.load(nvrtc.cubin(unit, arch))
     return module
@@ -190,8 +197,8 @@ def _word(entry: str, value: Any) -> Any:
         return np.uint64(0)
     if is_array(value):
         return np.uint64(value.data.ptr)
-    if isinstance(value, np.generic):
-        return value
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size == 1):
+        return value  # an array of one goes by value: a structure
     if isinstance(value, int) and not isinstance(value, bool):
         return np.int64(value)
     raise KindError(f"{entry}: argument: expected an array or integer, got {value!r}")

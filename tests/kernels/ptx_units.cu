@@ -1,0 +1,163 @@
+// One small kernel per group of wrappers in include/ptx.cuh; test_ptx.py says what each must give.
+#include "ptx.cuh"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+
+extern "C" __global__ void round_to_bf16(const float* x, unsigned short* y, long long count) {
+    for (long long i = threadIdx.x; i < count; i += 32) y[i] = to_bf16(x[i]);
+}
+
+// Thread t copies 16 bytes, valid[t] of them, and 4 bytes, valid[t] > 0 of them.
+extern "C" __global__ void copies(const unsigned char* from, const int* valid, unsigned char* wide, u32* narrow) {
+    __shared__ __align__(16) unsigned char s_wide[32 * 16];
+    __shared__ u32 s_narrow[32];
+    const int t = threadIdx.x;
+    copy_async_16(shared_address(s_wide + t * 16), from + t * 16, valid[t]);
+    copy_async_commit();
+    copy_async_4(shared_address(s_narrow + t), from + t * 4, valid[t] > 0 ? 4 : 0);
+    copy_async_commit();
+    copy_async_wait<1>();
+    for (int i = 0; i < 16; ++i) wide[t * 16 + i] = s_wide[t * 16 + i];
+    copy_async_wait<0>();
+    narrow[t] = s_narrow[t];
+}
+
+extern "C" __global__ void matrices(const unsigned short* from, u32* plain, u32* transposed) {
+    __shared__ __align__(16) unsigned short s[4 * 8 * 8];
+    const int t = threadIdx.x;
+    for (int i = t; i < 256; i += 32) s[i] = from[i];
+    __syncthreads();
+    u32 r[4];
+    ldmatrix_x4(r, shared_address(s + t * 8));
+    for (int i = 0; i < 4; ++i) plain[i * 32 + t] = r[i];
+    ldmatrix_x4_transposed(r, shared_address(s + t * 8));
+    for (int i = 0; i < 4; ++i) transposed[i * 32 + t] = r[i];
+}
+
+// A (16, 16) and B (8, 16) of 16-bit elements, for A Bᵀ; D (16, 8).
+template <class Multiply>
+DEVICE void warp_product(const unsigned short* A, const unsigned short* B, float* D, Multiply multiply) {
+    const int lane = threadIdx.x, row = lane / 4, pair = lane % 4 * 2;
+    u32 a[4], b[2];
+    for (int i = 0; i < 4; ++i) {
+        const unsigned short* at = A + (row + i % 2 * 8) * 16 + pair + i / 2 * 8;
+        a[i] = at[0] | u32(at[1]) << 16;
+    }
+    for (int i = 0; i < 2; ++i) {
+        const unsigned short* at = B + row * 16 + pair + i * 8;
+        b[i] = at[0] | u32(at[1]) << 16;
+    }
+    float d[4];
+    for (int i = 0; i < 4; ++i) d[i] = D[(row + i / 2 * 8) * 8 + pair + i % 2];
+    multiply(d, a, b);
+    for (int i = 0; i < 4; ++i) D[(row + i / 2 * 8) * 8 + pair + i % 2] = d[i];
+}
+
+extern "C" __global__ void product_bf16(const unsigned short* A, const unsigned short* B, float* D) {
+    warp_product(A, B, D, [](float (&d)[4], u32 (&a)[4], u32 (&b)[2]) { mma_bf16(d, a, b); });
+}
+
+extern "C" __global__ void product_fp16(const unsigned short* A, const unsigned short* B, float* D) {
+    warp_product(A, B, D, [](float (&d)[4], u32 (&a)[4], u32 (&b)[2]) { mma_fp16(d, a, b); });
+}
+
+// A (16, 8) and B (8, 8) of float32, for A Bᵀ; D (16, 8).
+extern "C" __global__ void product_tf32(const u32* A, const u32* B, float* D) {
+    const int lane = threadIdx.x, row = lane / 4, column = lane % 4;
+    u32 a[4], b[2];
+    for (int i = 0; i < 4; ++i) a[i] = A[(row + i % 2 * 8) * 8 + column + i / 2 * 4];
+    for (int i = 0; i < 2; ++i) b[i] = B[row * 8 + column + i * 4];
+    float d[4];
+    for (int i = 0; i < 4; ++i) d[i] = D[(row + i / 2 * 8) * 8 + column * 2 + i % 2];
+    mma_tf32(d, a, b);
+    for (int i = 0; i < 4; ++i) D[(row + i / 2 * 8) * 8 + column * 2 + i % 2] = d[i];
+}
+
+#endif
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// The box (rows, 64 columns of 16 bits) at (x, y), as it lies in shared memory.
+extern "C" __global__ void box(const __grid_constant__ TensorMap map, unsigned short* out, int x, int y, int rows) {
+    DYNAMIC_SHARED(shared);
+    __shared__ __align__(8) u64 arrived;
+    const shared_t barrier = shared_address(&arrived);
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        barrier_expect(barrier, rows * 128);
+        load_box(shared_address(shared), &map, barrier, x, y);
+    }
+    barrier_wait(barrier, 0);
+    const unsigned short* s = reinterpret_cast<const unsigned short*>(shared);
+    for (int i = threadIdx.x; i < rows * 64; i += blockDim.x) out[i] = s[i];
+}
+
+// D (64, N) = A (64, K) B (N, K)ᵀ: a producer warpgroup fetches strips of 64 columns into a ring of
+// two, a consumer warpgroup multiplies them.
+template <int N>
+static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b, float* D, int K) {
+    constexpr int STAGES = 2, A_BYTES = 64 * 128, B_BYTES = N * 128;
+    DYNAMIC_SHARED(shared);
+    __shared__ __align__(8) u64 full[STAGES], free[STAGES];
+    const shared_t s = shared_address(shared);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(shared_address(&full[i]), 1);
+            barrier_init(shared_address(&free[i]), 1);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    const int strips = (K + 63) / 64;
+    if (threadIdx.x < 128) {
+        give_registers<40>();
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < strips; ++i) {
+                const int stage = i % STAGES;
+                const shared_t at = s + stage * (A_BYTES + B_BYTES), barrier = shared_address(&full[stage]);
+                barrier_wait(shared_address(&free[stage]), (i / STAGES & 1) ^ 1);
+                barrier_expect(barrier, A_BYTES + B_BYTES);
+                load_box(at, &map_a, barrier, i * 64, 0);
+                load_box(at + A_BYTES, &map_b, barrier, i * 64, 0);
+            }
+        }
+    } else {
+        take_registers<232>();
+        float d[N / 2];
+        for (int i = 0; i < strips; ++i) {
+            const int stage = i % STAGES;
+            const shared_t at = s + stage * (A_BYTES + B_BYTES);
+            barrier_wait(shared_address(&full[stage]), i / STAGES & 1);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                wgmma_bf16(d, rows_of_128(at + k * 32), rows_of_128(at + A_BYTES + k * 32), (i | k) != 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+            if (threadIdx.x == 128) barrier_arrive(shared_address(&free[stage]));
+        }
+        const int t = threadIdx.x - 128, row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i)
+            D[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + column + i % 2] = d[i];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_64(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<64>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_128(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_256(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<256>(a, b, D, K);
+}
+
+#endif

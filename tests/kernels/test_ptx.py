@@ -1,0 +1,166 @@
+"""Every instruction of include/ptx.cuh against NumPy: its C++ body here, its PTX body on a GPU.
+
+Where both sides pass, the emulator reads these instructions as the hardware does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from backprop_kernels.arrays import Array
+from backprop_kernels.cuda import compile as nvrtc
+from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.cuda.launch import launch
+
+from tests.cuda_host import build
+from tests.cuda_host.backend import installed
+from tests.cuda_host.machine_code import NEEDS_NVRTC, instructions
+from tests.cuda_host.tensor_map import tensor_map
+from tests.gpu import GPU
+
+UNITS = Unit(str(Path(__file__).parent / "ptx_units.cu"), "")
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(params=["emulator", *GPU])
+def cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """CuPy, or what stands in for it."""
+    if request.param == "gpu":
+        import cupy
+
+        yield cupy
+        return
+    if reason := build.problem():
+        pytest.skip(f"the CUDA emulator {reason}")
+    with installed():
+        import cupy
+
+        yield cupy
+
+
+def run(cupy: Any, entry: str, *arguments: Any, threads: int = 32, shared: int = 0) -> list[Array]:
+    """Launch; the arrays among the arguments, as NumPy arrays, after it."""
+    placed = [
+        cupy.asarray(a) if isinstance(a, np.ndarray) and a.dtype.kind != "V" else a
+        for a in arguments
+    ]
+    launch(UNITS, entry, (1,), (threads,), *placed, shared=shared)
+    return [a.get() for a in placed if isinstance(a, cupy.ndarray)]
+
+
+def bf16(values: Any) -> Array:
+    """Whole numbers as bfloat16 bits; all below 256 are exact."""
+    return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def whole(*shape: int) -> Array:
+    return RNG.integers(-8, 9, shape).astype(np.float32)
+
+
+def test_rounding_to_bf16(cupy: Any) -> None:
+    bits = RNG.integers(0, 2**32, 4096, np.uint64).astype(np.uint32)
+    special = [0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0x80000000, 1]
+    x = np.concatenate([bits, np.array(special, np.uint32)]).view(np.float32)
+    _, y = run(cupy, "round_to_bf16", x, np.zeros(len(x), np.uint16), len(x))
+    back = (y.astype(np.uint32) << 16).view(np.float32)
+    assert np.array_equal(np.isnan(back), np.isnan(x))
+    kept = x.view(np.uint32).astype(np.uint64)
+    nearest = (kept + 0x7FFF + (kept >> 16 & 1)) >> 16
+    assert np.array_equal(y[~np.isnan(x)], nearest[~np.isnan(x)])
+
+
+def test_asynchronous_copies(cupy: Any) -> None:
+    data = RNG.integers(1, 255, 512).astype(np.uint8)
+    valid = np.arange(32, dtype=np.int32) % 17
+    _, _, wide, narrow = run(
+        cupy, "copies", data, valid, np.zeros(512, np.uint8), np.zeros(32, np.uint32)
+    )
+    keep = np.arange(16) < valid[:, None]
+    assert np.array_equal(wide.reshape(32, 16), np.where(keep, data.reshape(32, 16), 0))
+    assert np.array_equal(narrow, np.where(valid > 0, data.view(np.uint32)[:32], 0))
+
+
+def test_matrices_from_shared_memory(cupy: Any) -> None:
+    data = RNG.integers(0, 2**16, (4, 8, 8)).astype(np.uint16)
+    empty = np.zeros((4, 32), np.uint32)
+    _, plain, transposed = run(cupy, "matrices", data, empty, empty.copy())
+    for got, expected in ((plain, data), (transposed, data.transpose(0, 2, 1))):
+        assert np.array_equal(got, np.ascontiguousarray(expected).view(np.uint32).reshape(4, 32))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_warp_product_of_16_bit_floats(cupy: Any, kind: str) -> None:
+    A, B, D = whole(16, 16), whole(8, 16), whole(16, 8)
+    bits = bf16 if kind == "bf16" else lambda x: x.astype(np.float16).view(np.uint16)
+    *_, got = run(cupy, f"product_{kind}", bits(A), bits(B), D)
+    assert np.array_equal(got, D + A @ B.T)
+
+
+def test_float16_values(cupy: Any) -> None:
+    """Subnormals and fractions, by a product with the unit matrix."""
+    values = np.array([2**-24, 3 * 2**-20, -(2**-14), 65504, 1 / 3, -1e-5, 0.1, 7], np.float16)
+    A = np.tile(values, (16, 2))
+    B = np.eye(8, 16, dtype=np.float16)
+    *_, got = run(
+        cupy, "product_fp16", A.view(np.uint16), B.view(np.uint16), np.zeros((16, 8), np.float32)
+    )
+    assert np.array_equal(got, A[:, :8].astype(np.float32))
+
+
+def test_warp_product_of_tf32(cupy: Any) -> None:
+    A, B, D = whole(16, 8), whole(8, 8), whole(16, 8)
+    *_, got = run(cupy, "product_tf32", A.view(np.uint32), B.view(np.uint32), D)
+    assert np.array_equal(got, D + A @ B.T)
+    low = A.view(np.uint32) | 0x1FFF  # bits that tf32 does not have
+    *_, got = run(cupy, "product_tf32", low, B.view(np.uint32), D)
+    assert np.array_equal(got, D + (low & ~np.uint32(0x1FFF)).view(np.float32) @ B.T)
+
+
+@pytest.mark.parametrize(("x", "y"), [(0, 0), (64, 8), (100, 30), (-8, -3)])
+def test_box_lies_swizzled_and_zero_outside(cupy: Any, x: int, y: int) -> None:
+    rows, data = 24, RNG.integers(1, 2**16, (40, 136)).astype(np.uint16)
+    placed = cupy.asarray(data)
+    map_ = tensor_map(placed, rows)
+    (out,) = run(
+        cupy, "box", map_, np.zeros((rows, 64), np.uint16), np.int32(x), np.int32(y),
+        np.int32(rows), threads=64, shared=rows * 128,
+    )  # fmt: skip
+    whole_plane = np.zeros((200, 400), np.uint16)
+    whole_plane[50:90, 100:236] = data
+    expected = whole_plane[50 + y : 50 + y + rows, 100 + x : 100 + x + 64]
+    chunk = np.arange(64) // 8 ^ (np.arange(rows) % 8)[:, None]  # 16 bytes each
+    got = np.take_along_axis(out, chunk * 8 + np.arange(64) % 8, axis=1)
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("columns", [64, 128, 256])
+@pytest.mark.parametrize("depth", [64, 72, 200, 320])
+def test_warpgroup_product_behind_a_ring_of_boxes(cupy: Any, columns: int, depth: int) -> None:
+    A, B = whole(64, depth), whole(columns, depth)
+    placed = [cupy.asarray(bf16(M)) for M in (A, B)]
+    maps = [tensor_map(placed[0], 64), tensor_map(placed[1], columns)]
+    D = np.full((64, columns), np.nan, np.float32)
+    (D,) = run(
+        cupy, f"group_product_{columns}", *maps, D, np.int32(depth), threads=256,
+        shared=2 * (64 + columns) * 128,
+    )  # fmt: skip
+    assert np.array_equal(D, A @ B.T)
+
+
+@NEEDS_NVRTC
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("sm_80", {"HMMA", "LDSM", "LDGSTS"}),
+        ("sm_90a", {"HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"}),
+        ("sm_120", {"HMMA", "LDSM", "LDGSTS"}),
+    ],
+)
+def test_wrappers_become_the_instructions_they_name(arch: str, expected: set[str]) -> None:
+    found = instructions(nvrtc.compile_unit(UNITS, arch).cubin)
+    kinds = {code.partition(".")[0] for codes in found.values() for code in codes}
+    assert expected <= kinds, expected - kinds
