@@ -8,7 +8,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.cuda_host import backend as cuda_backend
+from tests.cuda_host import build
+from tests.cuda_host.backend import backend as cuda_on_host
 
 BACKENDS = ("reference", "cpu")
 OPERATOR_BACKENDS = (*BACKENDS, "cuda")  # in the emulator: tests/cuda_host
@@ -18,9 +19,9 @@ OPERATOR_BACKENDS = (*BACKENDS, "cuda")  # in the emulator: tests/cuda_host
 def backend(request: pytest.FixtureRequest) -> ModuleType | SimpleNamespace:
     """The backend under test: a module with the functions of the operator table."""
     if request.param == "cuda":
-        if reason := cuda_backend.problem():
+        if reason := build.problem():
             pytest.skip(f"the CUDA emulator {reason}")
-        return cuda_backend.backend
+        return cuda_on_host
     return import_module(f"backprop_kernels.{request.param}")
 
 

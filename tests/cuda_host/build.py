@@ -31,14 +31,8 @@ class DoesNotCompile(RuntimeError):
     """The compiler's command and what it said."""
 
 
-# Set on a machine with a GPU: the tests of operators then run on it, those of the emulator do not.
-ON_GPU = bool(os.environ.get("BACKPROP_TEST_GPU"))
-
-
 def problem() -> str:
     """Why kernels cannot run on this CPU; empty where they can."""
-    if ON_GPU:
-        return "is not used, as BACKPROP_TEST_GPU is set"
     if shutil.which("g++") is None:
         return "needs g++, which is not installed"
     if platform.machine() != "x86_64" or os.name != "posix":
