@@ -6,7 +6,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: demo test test-long bench bench-step clean
+.PHONY: demo test test-long bench bench-step bench-phases bench-operators bench-regressions \
+	bench-start bench-stream clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo
@@ -26,6 +27,24 @@ bench: $(VENV)/demo,bench
 
 bench-step: $(VENV)/demo,bench,torch
 	$(RUN) benchmarks/bench_step.py $(ARGS)
+
+bench-phases: $(VENV)/demo,bench,torch
+	$(RUN) benchmarks/bench_step.py --phases $(ARGS)
+
+bench-operators: $(VENV)/demo,bench
+	for op in linear_forward linear_dgrad linear_wgrad loss optimizer_step batch_norm layer_norm \
+		gather_rows; do $(RUN) benchmarks/bench_$$op.py $(ARGS) || exit 1; done
+
+# Fails where an operator's median is a fifth slower than in the last run here.
+bench-regressions: $(VENV)/demo,bench
+	$(RUN) -m pytest benchmarks/test_operators.py -q -o filterwarnings=default --benchmark-autosave --benchmark-storage=file://.benchmarks \
+		--benchmark-compare --benchmark-compare-fail=median:20% --benchmark-columns=median,min $(ARGS)
+
+bench-start: $(VENV)/demo,bench
+	$(RUN) benchmarks/bench_start.py $(ARGS)
+
+bench-stream: $(VENV)/demo,bench
+	$(RUN) benchmarks/bench_stream.py $(ARGS)
 
 # A stamp is named after the extras that were installed. Editable, so that it stays true when the
 # sources change and no build folder with old copies is left in the checkout.

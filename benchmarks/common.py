@@ -1,19 +1,96 @@
-"""What the benchmarks share: fair timing, and a line of CSV that says where it was measured."""
+"""What the benchmarks share: fair timing, and a line of CSV that says where it was measured.
+
+A benchmark of one operator is a list of cases; `measure_operator` does the rest.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from backprop_kernels.cpu.threads import available_cpus
+import numpy as np
+from backprop_kernels import cpu
+from backprop_kernels.arrays import Array
+from backprop_kernels.cpu import peaks
+from backprop_kernels.cpu.threads import available_cpus, set_num_threads
+from threadpoolctl import threadpool_limits
+
+RESULTS = Path(__file__).parent / "results"
+# batch, in_features, out_features: the layers of bench_step.py's networks.
+LAYERS = [
+    (64, 64, 64), (256, 256, 256), (256, 784, 1024), (1024, 784, 1024), (1024, 1024, 1024),
+    (1024, 2048, 2048), (4096, 64, 128), (4096, 128, 1), (1024, 155, 256),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator at one shape: ours and NumPy's way, and what the work is at the least."""
+
+    shape: str
+    ours: Callable[[], object]
+    numpy: Callable[[], object]
+    flops: int  # of matrix products; 0 where there are none
+    arrays: tuple[Array | None, ...]  # read and written, once each
+
+
+def draw(*shape: int, dtype: str, seed: int = 0) -> Array:
+    """Random numbers; an array of a shape is another one for each seed."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def captured(operator: Callable[[], object]) -> Callable[[], object]:
+    """The operator as a step runs it: compiled, bound to its arrays, without its checks."""
+    return cpu.capture(operator)
+
+
+def measure_operator(
+    name: str, description: str | None, cases: Callable[[str], list[Case]]
+) -> None:
+    """The command line of `bench_<name>.py`: measure every case, print, append."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--seconds", type=float, default=1.0, help="per case")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    options = parser.parse_args()
+    set_num_threads(options.threads)
+    flops, bandwidth = peaks.flops(options.dtype), peaks.bandwidth()
+    print(
+        f"{name}, {options.dtype}, {options.threads} thread(s); peaks here: "
+        f"{flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
+    )
+    print(
+        f"{'shape':<28}{'us':>10}{'GFLOP/s':>10}{'of peak':>9}{'GB/s':>8}{'of peak':>9}"
+        f"{'NumPy ÷ ours':>14}"
+    )
+    for case in cases(options.dtype):
+        with threadpool_limits(options.threads):
+            both = interleaved({"ours": case.ours, "numpy": case.numpy}, options.seconds, rounds=5)
+        seconds, bytes = both["ours"][0], sum(a.nbytes for a in case.arrays if a is not None)
+        rate = case.flops / seconds
+        product = f"{rate / 1e9:10.1f}{rate / flops:9.0%}" if case.flops else " " * 19
+        print(
+            f"{case.shape:<28}{seconds * 1e6:10.1f}{product}{bytes / seconds / 1e9:8.1f}"
+            f"{bytes / seconds / bandwidth:9.0%}{both['numpy'][0] / seconds:14.1f}",
+            flush=True,
+        )
+        row = {"shape": case.shape, "dtype": options.dtype, "threads": str(options.threads)}
+        row["flops"], row["bytes"] = str(case.flops), str(bytes)
+        row["peak_gflops"], row["peak_gbs"] = f"{flops / 1e9:.1f}", f"{bandwidth / 1e9:.1f}"
+        for contender, (middle, best) in both.items():
+            row[f"{contender}_median_us"] = f"{middle * 1e6:.2f}"
+            row[f"{contender}_best_us"] = f"{best * 1e6:.2f}"
+        append(RESULTS / f"{name}.csv", {**row, **machine()})
 
 
 def interleaved(
@@ -71,11 +148,14 @@ def _cpu_model() -> str:
 
 
 def append(results: Path, row: dict[str, str]) -> None:
-    """Add one line to the results, and the header where there is none."""
+    """Add one line to the results; columns that are new are empty in the lines before."""
     results.parent.mkdir(exist_ok=True)
-    new = not results.exists()
-    with results.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    rows: list[dict[str, str]] = []
+    if results.exists():
+        with results.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    columns = list(dict.fromkeys(name for line in (*rows, row) for name in line))
+    with results.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*rows, row])

@@ -1,0 +1,90 @@
+"""Data larger than memory beside the same data in it: `make bench-stream`.
+
+The flights' shape, 155-256-128-1 in batches of 1,024, on made-up rows: a fit's epoch, predict and the
+validation loss, on an array, a memory map and an HDF5 dataset of the same numbers, interleaved. The
+file has just been written: it is read from the page cache, as fast as anything can deliver it.
+Prints rows a second and appends a line to results/stream.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from backprop_kernels.arrays import Array
+from backprop_kernels.cpu.threads import available_cpus
+from common import append, interleaved, machine
+
+import backprop as bp
+from backprop.fit import evaluate_loss
+from backprop.losses import resolve_loss
+
+COLUMNS, HIDDEN, BATCH = 155, (256, 128), 1024
+RESULTS = Path(__file__).parent / "results" / "stream.csv"
+
+
+def main() -> None:
+    """Measure, print, append."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--rows", type=int, default=400_000)
+    parser.add_argument("--seconds", type=float, default=15.0, help="per task")
+    options = parser.parse_args()
+    bp.set_num_threads(options.threads)
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((options.rows, COLUMNS), dtype=np.float32)
+    y = (X[:, 0] > 0).astype(np.float32)
+    row = {"rows": str(options.rows), "threads": str(options.threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {"memory": X, "memmap": mapped(Path(folder), X), "hdf5": hdf5(Path(folder), X)}
+        print(f"{'':<12}" + "".join(f"{name:>16}" for name in sources))
+        for task, make in (("fit", fitting), ("predict", predicting), ("loss", evaluating)):
+            contenders = {name: make(source, y) for name, source in sources.items()}
+            times = interleaved(contenders, options.seconds, rounds=2)
+            base = times["memory"][0]
+            line = f"{task:<12}"
+            for name, (middle, _) in times.items():
+                line += f"{options.rows / middle:>11,.0f} {base / middle:4.2f}"
+                row[f"{task}_{name}_rows_per_s"] = f"{options.rows / middle:.0f}"
+            print(line, flush=True)
+    append(RESULTS, {**row, **machine("h5py")})
+
+
+def mapped(folder: Path, X: Array) -> Array:
+    """The same numbers in a file, mapped."""
+    np.save(folder / "rows.npy", X)
+    mapping: Array = np.load(folder / "rows.npy", mmap_mode="r")
+    return mapping
+
+
+def hdf5(folder: Path, X: Array) -> Any:
+    """The same numbers in an HDF5 dataset of one piece."""
+    return h5py.File(folder / "rows.h5", "w").create_dataset("X", data=X)
+
+
+def fitting(X: Any, y: Array) -> Callable[[], object]:
+    """One epoch."""
+    model = bp.MLP([COLUMNS, *HIDDEN, 1])
+    return lambda: bp.fit(model, X, y, "bce_with_logits", batch_size=BATCH, progress=False)
+
+
+def predicting(X: Any, y: Array) -> Callable[[], object]:
+    """All rows once."""
+    model = bp.MLP([COLUMNS, *HIDDEN, 1])
+    return lambda: model.predict(X)
+
+
+def evaluating(X: Any, y: Array) -> Callable[[], object]:
+    """The validation loss, as a fit computes it after an epoch."""
+    model, loss = bp.MLP([COLUMNS, *HIDDEN, 1]), resolve_loss("bce_with_logits")
+    column, target = model.column(X, "bench"), loss.column(y, len(y), 1, model.dtype)
+    return lambda: evaluate_loss(model, column, target, loss)
+
+
+if __name__ == "__main__":
+    main()
