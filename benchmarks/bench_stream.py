@@ -1,9 +1,9 @@
 """Data larger than memory beside the same data in it: `make bench-stream`.
 
-The flights' shape, 155-256-128-1 in batches of 1,024, on made-up rows: a fit's epoch, predict and the
-validation loss, on an array, a memory map and an HDF5 dataset of the same numbers, interleaved. The
-file has just been written: it is read from the page cache, as fast as anything can deliver it.
-Prints rows a second and appends a line to results/stream.csv.
+The flights' shape, 155-256-128-1 in batches of 1,024, on made-up rows: an epoch of fit, predict and
+evaluate, on an array, a memory map and an HDF5 dataset of the same numbers, interleaved. The file
+has just been written: it is read from the page cache, as fast as anything can deliver it. Prints
+rows a second and their ratio to memory's, and appends a line to results/stream.csv.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from backprop_kernels.cpu.threads import available_cpus
 from common import append, interleaved, machine
 
 import backprop as bp
-from backprop.fit import evaluate_loss
-from backprop.losses import resolve_loss
 
 COLUMNS, HIDDEN, BATCH = 155, (256, 128), 1024
 RESULTS = Path(__file__).parent / "results" / "stream.csv"
@@ -43,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sources = {"memory": X, "memmap": mapped(Path(folder), X), "hdf5": hdf5(Path(folder), X)}
         print(f"{'':<12}" + "".join(f"{name:>16}" for name in sources))
-        for task, make in (("fit", fitting), ("predict", predicting), ("loss", evaluating)):
+        for task, make in (("fit", fitting), ("predict", predicting), ("evaluate", evaluating)):
             contenders = {name: make(source, y) for name, source in sources.items()}
             times = interleaved(contenders, options.seconds, rounds=2)
             base = times["memory"][0]
@@ -80,10 +78,9 @@ def predicting(X: Any, y: Array) -> Callable[[], object]:
 
 
 def evaluating(X: Any, y: Array) -> Callable[[], object]:
-    """The validation loss, as a fit computes it after an epoch."""
-    model, loss = bp.MLP([COLUMNS, *HIDDEN, 1]), resolve_loss("bce_with_logits")
-    column, target = model.column(X, "bench"), loss.column(y, len(y), 1, model.dtype)
-    return lambda: evaluate_loss(model, column, target, loss)
+    """The loss of all rows."""
+    model = bp.MLP([COLUMNS, *HIDDEN, 1])
+    return lambda: bp.evaluate(model, X, y, "bce_with_logits")
 
 
 if __name__ == "__main__":
