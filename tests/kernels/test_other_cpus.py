@@ -89,7 +89,7 @@ def loop_with(assembly: str, instruction: str) -> str:
 def test_tile_keeps_its_sums_in_registers(target: Target, dtype: Any, along: bool) -> None:
     """One multiplication per sum and step of K, on whole registers, and no trip to the stack."""
     shape = tile.SHAPES[target.feature]
-    run = tile.make_tile(str(dtype), shape.rows, shape.registers, shape.vector_bytes, along)
+    run = tile.make_tile(str(dtype), shape.rows, shape.registers, shape, along)
 
     # Numba's first parameter is a pointer in `compile`; the tile takes its address as a number.
     def entry(words, a_stride, B, b_k, C):  # type: ignore[no-untyped-def]

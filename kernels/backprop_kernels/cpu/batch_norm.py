@@ -14,7 +14,7 @@ from collections.abc import Callable
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cpu import norms
-from backprop_kernels.cpu.epilogue import BLOCK_ROWS
+from backprop_kernels.cpu.epilogue import LEAF_ROWS
 from backprop_kernels.cpu.norms import (
     BETA,
     BLOCK_TICKET,
@@ -115,7 +115,7 @@ def _forward(dtype: str) -> Callable[..., None]:
         mean, rstd = floats(args[MEAN]), floats(args[RSTD])
         running_mean, running_var = floats(args[RUNNING_MEAN]), floats(args[RUNNING_VAR])
         rows, width = args[ROWS], args[COLUMNS]
-        strips, blocks = (width + STRIP - 1) // STRIP, (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+        strips, blocks = (width + STRIP - 1) // STRIP, (rows + LEAF_ROWS - 1) // LEAF_ROWS
         numbers, sums = float64s(args[NUMBERS]), float64s(args[NUMBERS] + 32)
         eps, momentum, training = numbers[0], numbers[1], numbers[2] != 0.0
         taken = 0
@@ -156,8 +156,8 @@ def _forward(dtype: str) -> Callable[..., None]:
             if piece < 0:
                 break
             taken += 1
-            first = piece * BLOCK_ROWS
-            count = min(BLOCK_ROWS, rows - first)
+            first = piece * LEAF_ROWS
+            count = min(LEAF_ROWS, rows - first)
             for i in range(first, first + count):
                 for j in range(width):
                     e = i * width + j
@@ -188,7 +188,7 @@ def _backward(dtype: str) -> Callable[..., None]:
         gamma, mean, rstd = floats(args[GAMMA]), floats(args[MEAN]), floats(args[RSTD])
         sums, dgamma = float64s(args[PARTIAL]), floats(args[DGAMMA])
         rows, width = args[ROWS], args[COLUMNS]
-        strips, blocks = (width + STRIP - 1) // STRIP, (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+        strips, blocks = (width + STRIP - 1) // STRIP, (rows + LEAF_ROWS - 1) // LEAF_ROWS
         taken = 0
         while True:
             piece = take(args, STATISTICS_TICKET, strips, thread, threads, taken)
@@ -214,8 +214,8 @@ def _backward(dtype: str) -> Callable[..., None]:
             if piece < 0:
                 break
             taken += 1
-            first = piece * BLOCK_ROWS
-            count = min(BLOCK_ROWS, rows - first)
+            first = piece * LEAF_ROWS
+            count = min(LEAF_ROWS, rows - first)
             for i in range(first, first + count):
                 for j in range(width):
                     e = i * width + j

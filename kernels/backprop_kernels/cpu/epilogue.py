@@ -14,7 +14,7 @@ from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.program import Arguments, scratch
 
-BLOCK_ROWS = 48  # rows per partial column sum, and of a product's block: see product.py
+LEAF_ROWS = 36  # rows per partial column sum: a multiple of every tile's
 
 # Slots, shared by both directions. Forward: C is Z, then Y. Backward: C is dY, then dZ.
 (C_, COLUMNS, BIAS, SAVED, STREAM, LAYER, THRESHOLD, SCALE, PARTIAL, SUMS, BLOCKS) = range(11)
@@ -40,7 +40,7 @@ def backward_epilogue(
     rows, columns = dX.shape
     if activation == "identity" and db is None and not dropped:
         return None, 0
-    blocks = -(-rows // BLOCK_ROWS)
+    blocks = -(-rows // LEAF_ROWS)
     partial = None if db is None else scratch((blocks, columns), dX.dtype)
     entry = address(_backward, 5, str(dX.dtype), activation, db is not None, dropped)
     arguments = Arguments(
@@ -127,7 +127,7 @@ def _backward(dtype: str, activation: str, sums: bool, dropped: bool) -> Callabl
     apply = vector_loop(formula, dtype, 1 + curved + sums)
 
     def epilogue(args, row, rows, column, columns):
-        partial = args[PARTIAL] + (row // BLOCK_ROWS * args[COLUMNS] + column) * size
+        partial = args[PARTIAL] + (row // LEAF_ROWS * args[COLUMNS] + column) * size
         if sums:
             for j in range(columns):
                 floats(partial)[j] = zero

@@ -15,7 +15,7 @@ import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cpu import norms
-from backprop_kernels.cpu.epilogue import BLOCK_ROWS
+from backprop_kernels.cpu.epilogue import LEAF_ROWS
 from backprop_kernels.cpu.norms import (
     BETA,
     BLOCK_TICKET,
@@ -82,7 +82,7 @@ def layer_norm_backward(
         "layer_norm_backward", dZ=dZ, X=X, gamma=gamma, mean=mean, rstd=rstd, saved=saved,
         **checks.named_outputs(out, "dZ_prev", "db_prev", "dgamma"),
     )  # fmt: skip
-    partial = scratch((max(-(-len(X) // BLOCK_ROWS), 1), X.shape[1]), X.dtype)
+    partial = scratch((max(-(-len(X) // LEAF_ROWS), 1), X.shape[1]), X.dtype)
     return norms.backward(
         _backward, dZ, X, gamma, mean, rstd, saved, activation, dropout, out, partial,
         np.array([0.0, centred], np.float64),
@@ -104,7 +104,7 @@ def _forward(dtype: str) -> Callable[..., None]:
         gamma, beta = floats(args[GAMMA]), floats(args[BETA])
         mean, rstd = floats(args[MEAN]), floats(args[RSTD])
         rows, width = args[ROWS], args[COLUMNS]
-        blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+        blocks = (rows + LEAF_ROWS - 1) // LEAF_ROWS
         eps, centred = float64s(args[NUMBERS])[0], float64s(args[NUMBERS])[1]
         taken = 0
         while True:
@@ -112,8 +112,8 @@ def _forward(dtype: str) -> Callable[..., None]:
             if piece < 0:
                 break
             taken += 1
-            first = piece * BLOCK_ROWS
-            count = min(BLOCK_ROWS, rows - first)
+            first = piece * LEAF_ROWS
+            count = min(LEAF_ROWS, rows - first)
             for i in range(first, first + count):
                 e = i * width
                 total, square = 0.0, 0.0  # float64: a row's sum has one order and no rounding
@@ -153,7 +153,7 @@ def _backward(dtype: str) -> Callable[..., None]:
         gamma, mean, rstd = floats(args[GAMMA]), floats(args[MEAN]), floats(args[RSTD])
         partial, dgamma = floats(args[PARTIAL]), floats(args[DGAMMA])
         rows, width = args[ROWS], args[COLUMNS]
-        blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+        blocks = (rows + LEAF_ROWS - 1) // LEAF_ROWS
         centred = float64s(args[NUMBERS])[1]
         taken = 0
         while True:
@@ -161,8 +161,8 @@ def _backward(dtype: str) -> Callable[..., None]:
             if block < 0:
                 break
             taken += 1
-            first = block * BLOCK_ROWS
-            count = min(BLOCK_ROWS, rows - first)
+            first = block * LEAF_ROWS
+            count = min(LEAF_ROWS, rows - first)
             p = block * width
             for j in range(width):
                 partial[p + j] = real(0)

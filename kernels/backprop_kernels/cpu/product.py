@@ -1,9 +1,12 @@
 """The product behind linear_forward, linear_dgrad and linear_wgrad: C = A B, then an epilogue.
 
-M, N, K: C (M, N), A (M, K), B (K, N). One parallel phase packs what cannot be read as it lies into
-panels as wide (B) or high (A) as the tile; one takes blocks of C: all of K for one block, then the
-operator's epilogue on it while it is still in cache, so no activation makes a second trip through
-memory. A block is computed the same way by whichever thread takes it.
+M, N, K: C (M, N), A (M, K), B (K, N). C is cut into groups, a range of rows by a range of columns,
+and a group into blocks of rows. A thread packs the group's columns of B into panels as wide as the
+tile, for itself, and then takes blocks: for BLOCK_K steps of K at a time it packs the block's rows
+of A and runs the tile over both; then the operator's epilogue, while the block is still in cache,
+so no activation makes a second trip through memory. Every thread begins with groups of its own, so
+that it meets rows that it wrote, and then helps with the others'. An element of C is computed the
+same way whoever computes it.
 """
 
 from __future__ import annotations
@@ -15,19 +18,20 @@ import numpy as np
 
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.compile import address
-from backprop_kernels.cpu.epilogue import BLOCK_ROWS
+from backprop_kernels.cpu.epilogue import LEAF_ROWS
 from backprop_kernels.cpu.program import Arguments, scratch, submit
+from backprop_kernels.cpu.threads import available_cpus, get_num_threads
 from backprop_kernels.cpu.tile import host_shape
 
-BLOCK_COLUMNS = 128  # columns of C per block, BLOCK_ROWS its rows, where C is large
-TALL_ROWS = 192  # rows where B is larger than CACHED_B bytes: every block reads its columns again
-CACHED_B = 2**20
-ENOUGH_BLOCKS = 4  # to share; more of them read the same rows again
-STRIP = 64  # rows of a matrix that one thread packs at a time
-BLOCK_K = 256  # steps of K per pass: 12 rows of A then fit in half of a 32 kB L1
-# Bytes from row to row up to which a matrix is read across its rows as it lies. Beyond, every step
-# of K is another page and rows fall into the same cache sets: it is packed.
+BLOCK_K = 192  # steps of K per pass: a panel of B then stays in L1 below all rows of the block
+BLOCK_ROWS = 144  # rows of A per pass: with them, C and the next panels fit in half of a 2 MB L2
+GROUP_COLUMNS = 1024  # of C: beyond, a block of C leaves the cache between passes
+# Bytes from row to row up to which a matrix is read as it lies. Beyond, every row is another page
+# and rows fall into the same cache sets: it is packed.
 DIRECT = 2048
+REUSED = 256  # columns of C from which packing A pays
+FEW_ROWS = 16  # rows of C up to which packing B does not pay
+FEW_ROWS_K = 32  # there B is read as it lies, in passes so short that its pages stay in the TLB
 
 # A small C with a long K is computed as two halves of K and added: a weight gradient's two threads
 # then each read the rows of the batch that they wrote. Fixed by shape, whatever the threads.
@@ -35,9 +39,9 @@ SPLIT_K = 1024
 SPLIT_SIZE = 2**17  # elements of C: beyond, the second copy's trips cost more
 
 # Slots of a product's arguments.
-(PACK_TICKET, BLOCK_TICKET, M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, A_PANELS, DIRECT_B,
- PANELS, C_, C_ROW, ROWS, COLUMNS, SPLITS, PARTIAL, EPILOGUE, EPILOGUE_ARGS, FINISH,
-) = range(23)  # fmt: skip
+(M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, C_, C_ROW, PACKS_A, PACKS_B, PASS, BUFFERS,
+ BUFFER_SIZE, A_SIZE, PARTS, ACROSS, UNIT, TALL, SPLITS, PARTIAL, TICKETS, EPILOGUE, EPILOGUE_ARGS,
+ FINISH) = range(27)  # fmt: skip
 
 
 def multiply(
@@ -52,166 +56,173 @@ def multiply(
     M, K = A.shape
     N = B.shape[1]
     entry, args = epilogue or (0, None)
-    width, height = host_shape().columns(str(C.dtype)), host_shape().rows
-    direct = int(B.strides[1] == size and B.strides[0] <= DIRECT)
-    panels = scratch((1 if direct else -(-N // width), K, width), C.dtype)
-    A_panels = None
-    if A.strides[0] == size and A.strides[1] > DIRECT:
-        A_panels = scratch((-(-M // height), K, height), C.dtype)
-    rows, columns = _block(M, N, K, C.dtype, finish != 0)
+    shape = host_shape()
+    width, height = shape.columns(str(C.dtype)), shape.rows
+
+    packs_B, pass_K = B.strides[1] != size or B.strides[0] > DIRECT, BLOCK_K
+    if packs_B and B.strides[1] == size and M <= FEW_ROWS:
+        packs_B, pass_K = False, FEW_ROWS_K
+    parts, across, unit, tall = _divide(M, N, packs_B, finish != 0, width, height)
+    packs_A = max(A.strides) > DIRECT and N // across >= REUSED
     splits = 2 if epilogue is None and K >= SPLIT_K and M * N <= SPLIT_SIZE else 1
+
+    # What each thread packs: a block of A for one pass, then its group's columns of B.
+    A_size = packs_A * (tall + height) * min(K, pass_K) * size
+    B_size = (-(-N // (across * width)) + 1 if packs_B else 1) * K * width * size
+    most_threads = max(get_num_threads(), available_cpus())
+    buffers = scratch((most_threads, A_size + B_size), np.uint8)
     partial = scratch((splits - 1, M, N), C.dtype)
+    tickets = np.zeros(splits * parts * across, np.int64)
     arguments = Arguments(
         (
-            0, 0, M, N, K,
+            M, N, K,
             A, A.strides[0] // size, A.strides[1] // size,
-            B, B.strides[0] // size, B.strides[1] // size,
-            A_panels, direct, panels, C, N, rows, columns, splits, partial, entry, args, finish,
+            B, B.strides[0] // size, B.strides[1] // size, C, N,
+            packs_A, packs_B, pass_K, buffers, A_size + B_size, A_size,
+            parts, across, unit, tall, splits, partial, tickets, entry, args, finish,
         )
     )  # fmt: skip
-    submit(address(_kernel, 4, str(C.dtype)), arguments, flops=2 * M * N * K)
+    submit(address(_kernel, 4, str(C.dtype)), arguments, 2 * M * N * K, tickets, most_threads)
 
 
-def _block(M: int, N: int, K: int, dtype: Any, leaves: bool) -> tuple[int, int]:
-    """Rows and columns of a block: even shares of C, enough of them for the threads.
+def _divide(
+    M: int, N: int, packs_B: bool, leaves: bool, width: int, height: int
+) -> tuple[int, int, int, int]:
+    """How C is cut: parts of its rows, parts across, rows of the unit of a part, rows of a block.
 
-    `leaves`: column sums are taken, so rows come in leaves of BLOCK_ROWS.
+    `leaves`: column sums are taken, so rows come in leaves of LEAF_ROWS. Threads share A or B: by
+    columns each packs its own part of B and reads all of A, by rows the reverse.
     """
-    M, N = max(M, 1), max(N, 1)
-    height, width = host_shape().rows, host_shape().columns(str(dtype))
-    tallest = TALL_ROWS if K * N * np.dtype(dtype).itemsize > CACHED_B else BLOCK_ROWS
-    down, across = -(-M // tallest), -(-N // BLOCK_COLUMNS)
-    unit = BLOCK_ROWS if leaves else height
-    while down * across < ENOUGH_BLOCKS:
-        if across * width < N and (N * down >= M * across or down * unit >= M):
-            across += 1
-        elif down * unit < M:
-            down += 1
-        else:
-            break
-    return -(-M // (down * unit)) * unit, -(-N // (across * width)) * width
+    threads = get_num_threads()
+    unit = LEAF_ROWS if leaves else height
+    units, panels = max(1, -(-M // unit)), max(1, -(-N // width))
+    across = -(-N // GROUP_COLUMNS)
+    by_rows = M >= 4 * N if packs_B else M > N
+    if not by_rows:
+        across = -(-across // threads) * threads
+    across = max(1, min(across, panels))
+    parts = min(units, threads if by_rows else -(-threads // across))
+    share = -(-units // parts) * unit
+    blocks = -(-share // BLOCK_ROWS)
+    if not packs_B:  # a thread that helps packs nothing twice: cut finer
+        blocks = max(blocks, -(-4 * threads // (parts * across)))
+    return parts, across, unit, -(-share // (blocks * unit)) * unit
 
 
 def _kernel(dtype: str) -> Callable[..., None]:
-    import numba
     from numba import types
 
-    from backprop_kernels.cpu.memory import barrier, call_epilogue, call_kernel, pointer, take
-    from backprop_kernels.cpu.tile import make_transpose
+    from backprop_kernels.cpu.memory import (
+        atomic_add,
+        barrier,
+        call_epilogue,
+        call_kernel,
+        int64s,
+        prefetch,
+    )
     from backprop_kernels.cpu.vector_loop import vector_loop
 
     shape = host_shape()
-    lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
-    size = 4 if dtype == "float32" else 8
-    floats = pointer(getattr(types, dtype))
-    zero = getattr(types, dtype)(0)
+    width, height = shape.columns(dtype), shape.rows
+    size = getattr(types, dtype).bitwidth // 8
     add = vector_loop(lambda x, y: (x + y,), dtype, 2)
-    transpose = make_transpose(dtype, shape.vector_bytes)
-    tiles_along, tiles_across = _row_of_tiles(dtype, True), _row_of_tiles(dtype, False)
-
-    pack_B, pack_A = _pack_rows(dtype, width), _pack_rows(dtype, height)
-
-    @numba.njit(error_model="numpy", _nrt=False)
-    def pack_transposed(B, b_k, b_column, K, columns, panel):
-        """One panel of a B whose columns are contiguous: squares through registers, then edges."""
-        source, target = floats(B), floats(panel)
-        if columns < width:
-            for i in range(K * width):
-                target[i] = zero
-        k_squares, j_squares = K // lanes * lanes, columns // lanes * lanes
-        for j in range(0, j_squares, lanes):
-            for k in range(0, k_squares, lanes):
-                transpose(
-                    B + (j * b_column + k) * size, b_column, panel + (k * width + j) * size, width
-                )
-        for j in range(columns):
-            for k in range(k_squares if j < j_squares else 0, K):
-                target[k * width + j] = source[k * b_k + j * b_column]
+    tile_along, tile_across = _any_tile(dtype, True), _any_tile(dtype, False)
+    pack_rows_A, pack_rows_B = _pack_rows(dtype, height), _pack_rows(dtype, width)
+    pack_columns_A, pack_columns_B = _pack_columns(dtype, height), _pack_columns(dtype, width)
 
     def kernel(args, sync, thread, threads):
         M, N, K = args[M_], args[N_], args[K_]
         A, a_row, a_k = args[A_], args[A_ROW], args[A_K]
-        panels, C, c_row = args[PANELS], args[C_], args[C_ROW]
-        panel_size = K * width * size  # bytes
         B, b_k, b_column = args[B_], args[B_K], args[B_COLUMN]
-        direct = args[DIRECT_B] != 0
-        first = N // width if direct else 0  # panel to pack first: the ragged one, or none
-        count = (N + width - 1) // width - first
-        strips = (K + STRIP - 1) // STRIP
-        B_tickets = count if b_column != 1 else strips if count > 0 else 0
-        A_tickets = strips if args[A_PANELS] != 0 else 0
-        A_panel_size = K * height * size
-        taken = 0
-        while True:
-            t = take(args, PACK_TICKET, B_tickets + A_tickets, thread, threads, taken)
-            if t < 0:
-                break
-            taken += 1
-            if t >= B_tickets:
-                pack_A(A, a_k, K, t - B_tickets, M, args[A_PANELS], A_panel_size)
-            elif b_column == 1:
-                column = first * width
-                pack_B(B + column * size, b_k, K, t, N - column, panels, panel_size)
-            else:
-                pack_transposed(
-                    B + t * width * b_column * size, b_k, b_column, K,
-                    min(width, N - t * width), panels + t * panel_size,
-                )  # fmt: skip
-        barrier(sync, threads)
-        block_rows, block_columns, splits = args[ROWS], args[COLUMNS], args[SPLITS]
-        across = (N + block_columns - 1) // block_columns
-        blocks = across * ((M + block_rows - 1) // block_rows)
-        taken = 0
-        while True:
-            t = take(args, BLOCK_TICKET, blocks * splits, thread, threads, taken)
-            if t < 0:
-                break
-            taken += 1
-            split, t = t // blocks, t % blocks
-            row, column = t // across * block_rows, t % across * block_columns
-            rows, columns = min(block_rows, M - row), min(block_columns, N - column)
-            target = C if split == 0 else args[PARTIAL] + (split - 1) * M * N * size
-            block = target + (row * c_row + column) * size
+        c_row, pass_K = args[C_ROW], args[PASS]
+        packs_A, packs_B = args[PACKS_A] != 0, args[PACKS_B] != 0
+        A_panels = args[BUFFERS] + thread * args[BUFFER_SIZE]
+        B_panels = A_panels + args[A_SIZE]
+        panel_size = K * width * size
+        parts, across, splits = args[PARTS], args[ACROSS], args[SPLITS]
+        unit, tall, tickets = args[UNIT], args[TALL], int64s(args[TICKETS])
+        units, wide = (M + unit - 1) // unit, (N + width - 1) // width
+        groups = splits * parts * across
+        packed = -1
+        for turn in range(groups):
+            group = (thread * groups // threads + turn) % groups
+            j, part, split = group % across, group // across % parts, group // across // parts
+            top, bottom = part * units // parts * unit, min((part + 1) * units // parts * unit, M)
+            left = j * wide // across * width
+            columns = min((j + 1) * wide // across * width, N) - left
             low, high = split * K // splits, (split + 1) * K // splits
-            k = low
-            while k == low or k < high:  # once even for K = 0: the product is then 0
-                steps, adds = min(BLOCK_K, high - k), k - low
-                block_B, step_k, step = panels + column // width * panel_size, width, panel_size
-                if direct:
-                    block_B, step_k, step = B + column * size, b_k, width * size
-                block_B += k * step_k * size
-                edge = panels + (N // width - first) * panel_size + k * width * size
-                for i in range(0, rows, height):
-                    a, c = A + ((row + i) * a_row + k * a_k) * size, block + i * c_row * size
-                    tall = min(height, rows - i)
-                    if a_k == 1:
-                        tiles_along(
-                            a, a_row, tall, block_B, step, step_k, edge, c, c_row, steps, adds,
-                            columns,
+            C = args[C_] if split == 0 else args[PARTIAL] + (split - 1) * M * N * size
+            blocks = (bottom - top + tall - 1) // tall
+            direct = 0 if packs_B else columns // width * width  # the ragged panel is packed always
+            while True:
+                block = atomic_add(tickets, group, 1)
+                if block >= blocks:
+                    break
+                if packed != j:
+                    packed = j
+                    b = B + (left + direct) * b_column * size
+                    if b_column == 1:
+                        pack_rows_B(b, b_k, K, columns - direct, B_panels)
+                    else:
+                        pack_columns_B(b, b_column, K, columns - direct, B_panels)
+                row = top + block * tall
+                rows = min(tall, bottom - row)
+                A_count, B_count = (rows + height - 1) // height, (columns + width - 1) // width
+                k = low
+                while k == low or k < high:  # once even for K = 0: the product is then 0
+                    steps, adds = min(pass_K, high - k), k - low
+                    block_A, a_panel = A + (row * a_row + k * a_k) * size, a_row * height * size
+                    if packs_A:
+                        if a_k == 1:
+                            pack_columns_A(block_A, a_row, steps, rows, A_panels)
+                        else:
+                            pack_rows_A(block_A, a_k, steps, rows, A_panels)
+                        block_A, a_panel = A_panels, steps * height * size
+                    # A packed panel of B stays in L1 while those of A pass by; one that is read as
+                    # it lies does not fit there, for its rows share cache sets: A then stays.
+                    outer, inner = (B_count, A_count) if packs_B else (A_count, B_count)
+                    for n in range(outer * inner):
+                        p, i = n // inner, n % inner
+                        if not packs_B:
+                            p, i = i, p
+                        b, step = B + (k * b_k + left + p * width) * size, b_k
+                        if p * width >= direct:
+                            b, step = B_panels + (p * width - direct) * K * size, width
+                            b += k * width * size
+                        if packs_B:
+                            # The next panel is on its way from a further cache meanwhile.
+                            ahead = b + panel_size
+                            if p + 1 == B_count:
+                                ahead = B_panels + (k + steps) % K * width * size
+                            count = steps * width * size
+                            for line in range(i * count // A_count, (i + 1) * count // A_count, 64):
+                                prefetch(ahead + line)
+                        a, a_rows = block_A + i * a_panel, min(height, rows - i * height)
+                        c = C + ((row + i * height) * c_row + left + p * width) * size
+                        n_columns = columns - p * width
+                        if packs_A:
+                            tile_across(
+                                a, height, a_rows, b, step, c, c_row, steps, adds, n_columns
+                            )
+                        elif a_k == 1:
+                            tile_along(a, a_row, a_rows, b, step, c, c_row, steps, adds, n_columns)
+                        else:
+                            tile_across(a, a_k, a_rows, b, step, c, c_row, steps, adds, n_columns)
+                    k += pass_K
+                if args[EPILOGUE] != 0:
+                    for i in range(row, row + rows, LEAF_ROWS):
+                        call_epilogue(
+                            args[EPILOGUE], args[EPILOGUE_ARGS], i, min(LEAF_ROWS, row + rows - i),
+                            left, columns,
                         )  # fmt: skip
-                        continue
-                    a_stride = a_k
-                    if A_tickets > 0:
-                        panel = args[A_PANELS] + (row + i) // height * A_panel_size
-                        a, a_stride = panel + k * height * size, height
-                    tiles_across(
-                        a, a_stride, tall, block_B, step, step_k, edge, c, c_row, steps, adds,
-                        columns,
-                    )  # fmt: skip
-                k += BLOCK_K
-            if args[EPILOGUE] != 0:
-                for i in range(0, rows, BLOCK_ROWS):
-                    call_epilogue(
-                        args[EPILOGUE], args[EPILOGUE_ARGS], row + i, min(BLOCK_ROWS, rows - i),
-                        column, columns,
-                    )  # fmt: skip
         if splits > 1:
             barrier(sync, threads)
             low = thread * M // threads * N
             count = (thread + 1) * M // threads * N - low
+            C = args[C_] + low * size
             for split in range(1, splits):
                 more = args[PARTIAL] + ((split - 1) * M * N + low) * size
-                add((C + low * size, more, C + low * size), (), count)
+                add((C, more, C), (), count)
         if args[FINISH] != 0:
             barrier(sync, threads)
             call_kernel(args[FINISH], args[EPILOGUE_ARGS], sync, thread, threads)
@@ -220,7 +231,10 @@ def _kernel(dtype: str) -> Callable[..., None]:
 
 
 def _pack_rows(dtype: str, width: int) -> Any:
-    """A Numba function: one strip of a row-major matrix into panels `width` wide, zero padded."""
+    """A Numba function: a matrix whose rows are contiguous into panels `width` wide, zero padded.
+
+    matrix (K, columns), `stride` from row to row; panels (columns / width, K, width).
+    """
     import numba
     from numba import types
 
@@ -228,16 +242,16 @@ def _pack_rows(dtype: str, width: int) -> Any:
 
     floats = pointer(getattr(types, dtype))
     zero = getattr(types, dtype)(0)
-    size = 4 if dtype == "float32" else 8
+    size = getattr(types, dtype).bitwidth // 8
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def pack(matrix, stride, K, strip, columns, panels, panel_size):
+    def pack(matrix, stride, K, columns, panels):
         source = floats(matrix)
         # A few rows at a time, panel by panel: both sides are then read and written in streams.
-        for low in range(strip * STRIP, min((strip + 1) * STRIP, K), 16):
+        for low in range(0, K, 16):
             high = min(low + 16, K)
             for j in range(0, columns, width):
-                target = floats(panels + j // width * panel_size + low * width * size)
+                target = floats(panels + (j * K + low * width) * size)
                 for k in range(high - low):
                     start = (low + k) * stride + j
                     if j + width <= columns:
@@ -250,61 +264,98 @@ def _pack_rows(dtype: str, width: int) -> Any:
     return pack
 
 
-def _row_of_tiles(dtype: str, along: bool) -> Any:
-    """A Numba function: C (rows ≤ tile rows, columns), one tile after another along the panels.
+def _pack_columns(dtype: str, width: int) -> Any:
+    """A Numba function like pack_rows', of a matrix whose columns are contiguous.
 
-    `step` is from panel to panel in bytes, `panel_k` from row to row of one in elements; `edge` is
-    the ragged panel at the right.
+    matrix (K, columns), `stride` from column to column.
     """
+    import numba
+    from numba import types
+
+    from backprop_kernels.cpu.memory import pointer
+    from backprop_kernels.cpu.tile import make_transpose
+
+    floats = pointer(getattr(types, dtype))
+    zero = getattr(types, dtype)(0)
+    size = getattr(types, dtype).bitwidth // 8
+    shape = host_shape()
+    lanes = shape.lanes(dtype)
+    group = min(lanes, width)  # columns that go through the registers together; then the rest
+    rest = width % group
+    transpose = make_transpose(dtype, group, shape.vector_bytes)
+    transpose_rest = make_transpose(dtype, max(rest, 1), shape.vector_bytes)
+
+    @numba.njit(error_model="numpy", _nrt=False)
+    def pack(matrix, stride, K, columns, panels):
+        source = floats(matrix)
+        for j in range(0, columns, width):
+            panel = panels + j * K * size
+            squares = 0
+            if j + width <= columns:
+                squares = K // lanes * lanes
+                for i in range(0, width - rest, group):
+                    for k in range(0, squares, lanes):
+                        block = matrix + ((j + i) * stride + k) * size
+                        transpose(block, stride, panel + (k * width + i) * size, width)
+                if rest > 0:
+                    i = width - rest
+                    for k in range(0, squares, lanes):
+                        block = matrix + ((j + i) * stride + k) * size
+                        transpose_rest(block, stride, panel + (k * width + i) * size, width)
+            target = floats(panel)
+            for i in range(width):
+                for k in range(squares, K):
+                    inside = j + i < columns
+                    target[k * width + i] = source[(j + i) * stride + k] if inside else zero
+
+    return pack
+
+
+def _any_tile(dtype: str, along: bool) -> Any:
+    """A Numba function: one tile of C, of up to as many rows and columns as the registers hold."""
     import numba
 
     from backprop_kernels.cpu.tile import make_tile
 
     shape = host_shape()
-    lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
-    size = 4 if dtype == "float32" else 8
+    lanes, height = shape.lanes(dtype), shape.rows
+    size = shape.vector_bytes // lanes
+    three = shape.registers > 2
 
     def make(rows: int, registers: int) -> Any:
-        return make_tile(dtype, rows, registers, shape.vector_bytes, along)
+        return make_tile(dtype, rows, registers, shape, along)
 
-    # Any number of rows below the tile's is a sum of 4, 2 and 1; any columns of wide and narrow.
-    full, wide4, wide2, wide1 = (make(rows, shape.registers) for rows in (height, 4, 2, 1))
-    slim, narrow4, narrow2, narrow1 = (make(rows, 1) for rows in (height, 4, 2, 1))
+    # Any number of rows below the tile's is a sum of 4, 2 and 1.
+    full, medium, slim = make(height, shape.registers), make(height, 2), make(height, 1)
+    wide4, wide2, wide1 = (make(rows, shape.registers) for rows in (4, 2, 1))
+    slim4, slim2, slim1 = (make(rows, 1) for rows in (4, 2, 1))
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def row_of_tiles(
-        A, a_stride, rows, panels, step, panel_k, edge, C, c_row, K, adds, columns
-    ):  # fmt: skip
+    def tile(A, a_stride, rows, B, b_k, C, c_row, K, adds, columns):
+        if rows == height:
+            if columns <= lanes:
+                slim(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+            elif three and columns <= 2 * lanes:
+                medium(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+            else:
+                full(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+            return
         a_row = a_stride if along else 1
-        for j in range(0, columns, width):
-            left = columns - j
-            B, b_k = panels + (j // width) * step, panel_k
-            if left < width:
-                B, b_k = edge, width
-            c = C + j * size
-            if rows == height:
-                if left > lanes:
-                    full(A, a_stride, B, b_k, c, c_row, K, adds, left)
+        while rows > 0:
+            if columns > lanes:
+                if rows >= 4:
+                    wide4(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+                elif rows >= 2:
+                    wide2(A, a_stride, B, b_k, C, c_row, K, adds, columns)
                 else:
-                    slim(A, a_stride, B, b_k, c, c_row, K, adds, left)
-                continue
-            i = 0
-            while i < rows:
-                a, ci = A + i * a_row * size, c + i * c_row * size
-                remaining = rows - i
-                if left > lanes:
-                    if remaining >= 4:
-                        wide4(a, a_stride, B, b_k, ci, c_row, K, adds, left)
-                    elif remaining >= 2:
-                        wide2(a, a_stride, B, b_k, ci, c_row, K, adds, left)
-                    else:
-                        wide1(a, a_stride, B, b_k, ci, c_row, K, adds, left)
-                elif remaining >= 4:
-                    narrow4(a, a_stride, B, b_k, ci, c_row, K, adds, left)
-                elif remaining >= 2:
-                    narrow2(a, a_stride, B, b_k, ci, c_row, K, adds, left)
-                else:
-                    narrow1(a, a_stride, B, b_k, ci, c_row, K, adds, left)
-                i += 4 if remaining >= 4 else 2 if remaining >= 2 else 1
+                    wide1(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+            elif rows >= 4:
+                slim4(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+            elif rows >= 2:
+                slim2(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+            else:
+                slim1(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+            done = 4 if rows >= 4 else 2 if rows >= 2 else 1
+            A, C, rows = A + done * a_row * size, C + done * c_row * size, rows - done
 
-    return row_of_tiles
+    return tile

@@ -13,6 +13,7 @@ either runs to its end or not at all.
 from __future__ import annotations
 
 import importlib.util
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -60,33 +61,44 @@ class Program:
     def __init__(self, inputs: Sequence[Array] = ()) -> None:
         # Views of our own, so that one array given twice still counts as two inputs.
         self.inputs = [array.view() for array in inputs]
-        self._entries: list[tuple[int, Arguments]] = []
-        self._stoppable: list[Arguments] = []
+        self._entries: list[tuple[int, Arguments, Array]] = []
+        self._stoppable: list[Array] = []
         self._flops = 0
         self._brief = False  # whether a run has shown that it takes less than PATIENCE
+        self._most_threads = sys.maxsize
 
-    def append(self, entry: int, arguments: Arguments, flops: int, whole: bool = False) -> None:
-        self._entries.append((entry, arguments))
+    def append(
+        self,
+        entry: int,
+        arguments: Arguments,
+        flops: int,
+        tickets: Array | None = None,
+        most_threads: int = sys.maxsize,
+        whole: bool = False,
+    ) -> None:
+        tickets = arguments.words[:2] if tickets is None else tickets
+        self._entries.append((entry, arguments, tickets))
         self._flops += flops
+        self._most_threads = min(self._most_threads, most_threads)
         if not whole:
-            self._stoppable.append(arguments)
+            self._stoppable.append(tickets)
 
     def seal(self) -> Program:
         """Fix the list; returns the program."""
         words = [len(self._entries), 0, 0]
-        for entry, arguments in self._entries:
-            words += [entry, word(arguments)]
+        for entry, arguments, tickets in self._entries:
+            words += [entry, word(arguments), word(tickets), len(tickets)]
         self._table = np.array(words, np.int64)
         self._call = (
             address(_runner, 4),
             word(self._table),
-            1 + self._flops // FLOPS_PER_THREAD,
+            min(1 + self._flops // FLOPS_PER_THREAD, self._most_threads),
         )
         self._bound = [word(array) for array in self.inputs]
         self._places = [
             [
                 (arguments.words, i)
-                for _, arguments in self._entries
+                for _, arguments, _ in self._entries
                 for i, value in enumerate(arguments.values)
                 if value is array
             ]
@@ -136,8 +148,8 @@ class Program:
         self._set_tickets(threads.NO_MORE)
 
     def _set_tickets(self, value: int) -> None:
-        for arguments in self._stoppable:
-            arguments.words[:2] = value
+        for tickets in self._stoppable:
+            tickets[:] = value
 
 
 def recorded() -> int:
@@ -146,17 +158,26 @@ def recorded() -> int:
     return 0 if program is None else len(program._entries)
 
 
-def submit(entry: int, arguments: Arguments, flops: int, whole: bool = False) -> None:
+def submit(
+    entry: int,
+    arguments: Arguments,
+    flops: int,
+    tickets: Array | None = None,
+    most_threads: int = sys.maxsize,
+    whole: bool = False,
+) -> None:
     """Run a kernel now, or add it to the program that this thread is capturing.
 
-    `whole`: once begun it is not stopped, for it changes its inputs in place.
+    `tickets` count the kernel's work as it is taken, from 0 in every run: without them, the first
+    two words of its arguments. `most_threads`: how many it has buffers for. `whole`: once begun it
+    is not stopped, for it changes its inputs in place.
     """
     program: Program | None = getattr(_recording, "program", None)
     if program is not None:
-        program.append(entry, arguments, flops, whole)
+        program.append(entry, arguments, flops, tickets, most_threads, whole)
         return
     single = Program()
-    single.append(entry, arguments, flops, whole)
+    single.append(entry, arguments, flops, tickets, most_threads, whole)
     single.seal()()
 
 
@@ -204,16 +225,16 @@ def _runner() -> Callable[..., None]:
         count, times = table[COUNT], table[TIMES] if thread == 0 else 0
         started = clock() if times != 0 else 0
         for i in range(count):
-            args = table[ENTRIES + 1 + 2 * i]
-            call_kernel(table[ENTRIES + 2 * i], args, sync, thread, threads)
+            row = ENTRIES + 4 * i  # entry, arguments, tickets, how many
+            call_kernel(table[row], table[row + 1], sync, thread, threads)
             # One thread decides, before the barrier, so that after it all leave or none does.
             if thread == 0 and atomic_load(table, STOP) != 0:
                 table[COUNT] = i + 1
             barrier(sync, threads)
             if thread == 0:
-                counters = int64s(args)  # every kernel's first two words are ticket counters
-                counters[0] = 0
-                counters[1] = 0
+                tickets = int64s(table[row + 2])
+                for ticket in range(table[row + 3]):
+                    tickets[ticket] = 0
             if times != 0:
                 now = clock()
                 int64s(times)[i] = now - started

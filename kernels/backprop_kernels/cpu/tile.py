@@ -1,8 +1,9 @@
 """The register tile: rows x columns of C += A B, kept in vector registers over the whole of K.
 
-Each step of K loads the columns of one packed row of B, and multiplies them by one element of each
-row of A, broadcast. The shape is the one that fills the registers and leaves the loads behind the
-multiplications. Of 12 and 14 rows on AVX-512, 12 was the faster or level at every shape tried.
+Each step of K loads the columns of one row of B, and multiplies them by one element of each row of
+A, broadcast. The shape fills the registers and needs few instructions besides the multiplications:
+on AVX-512, 9 x 3 beat 12 x 2, 8 x 3, 6 x 4 and 5 x 5 from data in L2, by a tenth where another
+hyperthread shared the core.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from backprop_kernels.cpu.compile import cpu_features
 
 @dataclass(frozen=True)
 class Shape:
-    """How a CPU's tile is laid out: vector register bytes, rows, and registers per row."""
+    """How a CPU's tile is laid out: vector register bytes, rows, and registers per row.
+
+    unroll: steps of K per turn of its loop, so that the loop's own instructions weigh little.
+    """
 
     vector_bytes: int
     rows: int
     registers: int
+    unroll: int
 
     def lanes(self, dtype: str) -> int:
         """Elements in a register."""
@@ -32,10 +37,10 @@ class Shape:
 
 
 SHAPES = {
-    "+avx512f": Shape(64, 12, 2),  # 24 of 32 registers accumulate
-    "+avx2": Shape(32, 6, 2),  # 12 of 16
-    "+neon": Shape(16, 6, 4),  # 24 of 32
-    "": Shape(16, 6, 2),  # SSE2 and everything else
+    "+avx512f": Shape(64, 9, 3, 4),  # 27 of 32 registers accumulate
+    "+avx2": Shape(32, 6, 2, 4),  # 12 of 16
+    "+neon": Shape(16, 6, 4, 1),  # 24 of 32; unrolled, LLVM runs out of registers
+    "": Shape(16, 6, 2, 1),  # SSE2 and everything else
 }
 
 
@@ -46,7 +51,7 @@ def host_shape() -> Shape:
     return next(shape for feature, shape in SHAPES.items() if not feature or feature in features)
 
 
-def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int, along: bool) -> Any:
+def make_tile(dtype: str, rows: int, registers: int, shape: Shape, along: bool) -> Any:
     """A Numba intrinsic: tile(A, a_stride, B, b_k, C, c_row, K, accumulate, columns).
 
     A, B and C are addresses; a_stride, b_k, c_row strides in elements. `along`: A's rows are
@@ -62,7 +67,7 @@ def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int, along: b
 
     scalar = ir.FloatType() if dtype == "float32" else ir.DoubleType()
     size = 4 if dtype == "float32" else 8
-    lanes = vector_bytes // size
+    lanes = shape.lanes(dtype)
     vector = ir.VectorType(scalar, lanes)
     mask = ir.VectorType(ir.IntType(1), lanes)
     word = ir.IntType(64)
@@ -110,58 +115,81 @@ def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int, along: b
         # C's lines are on their way while K runs: its rows lie far apart, often a page each.
         C_rows = [builder.gep(C, [builder.mul(c_row, number(i))]) for i in range(rows)]
         for row in C_rows:
-            for j in range(0, registers * vector_bytes, 64):
+            for j in range(0, registers * shape.vector_bytes, 64):
                 line = builder.bitcast(
                     builder.gep(row, [number(j // size)]), ir.IntType(8).as_pointer()
                 )
                 builder.call(prefetch, [line, *(ir.Constant(where, n) for n in (1, 3, 1))])
 
-        # One pointer for every three rows, which x86 addresses as p, p + row, p + 2 row. Left
-        # alone, LLVM walks a single pointer from row to row, a chain of additions longer than the
-        # multiplications it feeds. Annotated numbers it takes for unrelated.
+        # Where the rows of A are contiguous, one pointer for every three, which x86 addresses as p,
+        # p + row, p + 2 row. Left alone, LLVM walks a single pointer from row to row, a chain of
+        # additions longer than the multiplications it feeds. Annotated numbers it takes for
+        # unrelated.
         byte = ir.IntType(8).as_pointer()
         annotate = get_or_insert_function(
             module, ir.FunctionType(word, [word, byte, byte, where]), "llvm.annotation.i64.p0"
         )
         nothing = [ir.Constant(byte, None), ir.Constant(byte, None), ir.Constant(where, 0)]
+        group = 3 if along else rows
         starts = [B]
-        for i in range(0, rows, 3):
+        for i in range(0, rows, group):
             start = builder.gep(A, [builder.mul(a_row, number(i))])
             hidden = builder.call(annotate, [builder.ptrtoint(start, word), *nothing])
             starts.append(builder.inttoptr(hidden, pointer))
+        pointers = len(starts)
         starts += [zero] * (rows * registers)
 
-        before = builder.block
-        loop = builder.append_basic_block("k")
-        after = builder.append_basic_block("store")
-        builder.cbranch(builder.icmp_signed(">", K, number(0)), loop, after)
-        builder.position_at_end(loop)
-        k, now = builder.phi(word), [builder.phi(x.type) for x in starts]
-        B_now, A_now, sums = now[0], now[1 : -rows * registers], now[-rows * registers :]
-        B_row = []
-        for j in range(registers):
-            B_row.append(builder.load(at(B_now, number(j * lanes))))
-            B_row[j].align = size
-        then = [builder.gep(B_now, [b_k]), *(builder.gep(p, [a_k]) for p in A_now)]
-        for i in range(rows):
-            place = builder.gep(A_now[i // 3], [builder.mul(a_row, number(i % 3))])
-            a = splat(builder, builder.load(place))
-            for j in range(registers):
-                then.append(builder.call(fma, [a, B_row[j], sums[i * registers + j]]))
-        following = builder.add(k, number(1))
-        builder.cbranch(builder.icmp_signed("<", following, K), loop, after)
-        k.add_incoming(number(0), before)
-        k.add_incoming(following, loop)
-        for phi, first, last in zip(now, starts, then, strict=True):
-            phi.add_incoming(first, before)
-            phi.add_incoming(last, loop)
+        def steps_of_K(k: Any, end: Any, starts: list[Any], unroll: int) -> tuple[Any, list[Any]]:
+            """A loop from k to end, `unroll` steps at a time; what it leaves."""
+            before = builder.block
+            loop = builder.append_basic_block("k")
+            after = builder.append_basic_block("after")
+            builder.cbranch(builder.icmp_signed("<", k, end), loop, after)
+            builder.position_at_end(loop)
+            now_k, now = builder.phi(word), [builder.phi(x.type) for x in starts]
+            sums = now[pointers:]
+            for step in range(unroll):
+                B_k = builder.gep(now[0], [builder.mul(b_k, number(step))])
+                B_row = []
+                for j in range(registers):
+                    B_row.append(builder.load(at(B_k, number(j * lanes))))
+                    B_row[j].align = size
+                for i in range(rows):
+                    offset = builder.add(
+                        builder.mul(a_row, number(i % group)), builder.mul(a_k, number(step))
+                    )
+                    element = builder.load(builder.gep(now[1 + i // group], [offset]))
+                    a = splat(builder, element)
+                    for j in range(registers):
+                        place = i * registers + j
+                        sums[place] = builder.call(fma, [a, B_row[j], sums[place]])
+            strides = [b_k] + [a_k] * (pointers - 1)
+            then = [
+                builder.gep(p, [builder.mul(stride, number(unroll))])
+                for p, stride in zip(now, strides, strict=False)
+            ]
+            then += sums
+            following = builder.add(now_k, number(unroll))
+            builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+            now_k.add_incoming(k, before)
+            now_k.add_incoming(following, loop)
+            for phi, first, last in zip(now, starts, then, strict=True):
+                phi.add_incoming(first, before)
+                phi.add_incoming(last, loop)
+            builder.position_at_end(after)
+            left = []
+            for first, last in zip([k, *starts], [following, *then], strict=True):
+                left.append(builder.phi(first.type))
+                left[-1].add_incoming(first, before)
+                left[-1].add_incoming(last, loop)
+            return left[0], left[1:]
 
-        builder.position_at_end(after)
-        totals = []
-        for value in then[-rows * registers :]:
-            totals.append(builder.phi(vector))
-            totals[-1].add_incoming(zero, before)
-            totals[-1].add_incoming(value, loop)
+        k, state = number(0), starts
+        if shape.unroll > 1:
+            whole_K = builder.and_(K, number(-shape.unroll))
+            k, state = steps_of_K(k, whole_K, state, shape.unroll)
+        _, state = steps_of_K(k, K, state, 1)
+        totals = state[pointers:]
         adds = builder.icmp_signed("!=", accumulate, number(0))
         whole = builder.icmp_signed(">=", columns, number(registers * lanes))
         alignment = ir.Constant(where, size)
@@ -207,8 +235,8 @@ def make_tile(dtype: str, rows: int, registers: int, vector_bytes: int, along: b
     return tile
 
 
-def make_transpose(dtype: str, vector_bytes: int) -> Any:
-    """A Numba intrinsic: transpose(source, row, target, step): a lanes x lanes block.
+def make_transpose(dtype: str, rows: int, vector_bytes: int) -> Any:
+    """A Numba intrinsic: transpose(source, row, target, step): a block of `rows` x lanes.
 
     source[i * row + k] becomes target[k * step + i]; both are addresses, strides in elements.
     """
@@ -230,11 +258,12 @@ def make_transpose(dtype: str, vector_bytes: int) -> Any:
             offset = builder.mul(stride, ir.Constant(ir.IntType(64), i))
             return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
 
-        rows = []
-        for i in range(lanes):
+        values = []
+        for i in range(rows):
             value = builder.load(place(source, row, i))
             value.align = size
-            rows.append(value)
+            values.append(value)
+        values += [ir.Constant(vector, ir.Undefined)] * (lanes - rows)
         # log2(lanes) rounds: rows i and i + half swap their off-diagonal blocks of `half` columns.
         half = lanes // 2
         while half:
@@ -242,12 +271,16 @@ def make_transpose(dtype: str, vector_bytes: int) -> Any:
             high = [j + half if j & half == 0 else j + lanes for j in range(lanes)]
             for i in range(lanes):
                 if i & half == 0:
-                    a, b = rows[i], rows[i + half]
-                    rows[i] = builder.shuffle_vector(a, b, ir.Constant(indices, low))
-                    rows[i + half] = builder.shuffle_vector(a, b, ir.Constant(indices, high))
+                    a, b = values[i], values[i + half]
+                    values[i] = builder.shuffle_vector(a, b, ir.Constant(indices, low))
+                    values[i + half] = builder.shuffle_vector(a, b, ir.Constant(indices, high))
             half //= 2
-        for i, value in enumerate(rows):
-            builder.store(value, place(target, step, i)).align = size
+        for i, value in enumerate(values):
+            if rows < lanes:
+                first = ir.Constant(ir.VectorType(ir.IntType(32), rows), list(range(rows)))
+                value = builder.shuffle_vector(value, value, first)
+            where = builder.bitcast(place(target, step, i), value.type.as_pointer())
+            builder.store(value, where).align = size
         return context.get_dummy_value()
 
     @intrinsic
