@@ -19,7 +19,7 @@ from backprop_kernels.errors import BackpropError, ShapeError
 from backprop.arena import aligned_zeros
 from backprop.memory import HOST, Memory
 
-BLOCK_BYTES = 2**21  # rows read together: long enough for a disk's full speed
+BLOCK_BYTES = 2**20  # rows read together: long enough for a disk's full speed
 WINDOW_BLOCKS = 16  # blocks whose rows are shuffled together; three windows are held in memory
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,23 +38,25 @@ def is_streamed(source: Any) -> bool:
 class Rows:
     """A matrix outside memory: `read` gives rows of it as the kernels take them.
 
-    `checked` is what turns a slice of `source` into such rows, or refuses it.
+    `checked(slice, known)` turns a slice of `source` into such rows, or refuses it; `known` says
+    that these rows were found good before, so that their numbers need not be looked at again.
     """
 
-    def __init__(self, source: Any, checked: Callable[[Any], Array]) -> None:
+    def __init__(self, source: Any, checked: Callable[[Any, bool], Array]) -> None:
         self.source = source
         self.checked = checked
-        sample = checked(source[:1])  # wrong columns, a wrong kind: found before anything is read
+        # Wrong columns, a wrong kind: found before anything is read.
+        sample = checked(source[:1], False)
         self.shape: tuple[int, ...] = (int(source.shape[0]), *sample.shape[1:])
         self.dtype = sample.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def read(self, start: int, stop: int) -> Array:
+    def read(self, start: int, stop: int, known: bool = False) -> Array:
         """Rows `start` … `stop` − 1, in place where they lie right, else copied."""
         try:
-            rows = self.checked(self.source[start:stop])
+            rows = self.checked(self.source[start:stop], known)
         except BackpropError as problem:
             raise type(problem)(f"{problem} (rows are counted from row {start})") from None
         if len(rows) != stop - start:
@@ -75,8 +77,8 @@ def parts(columns: Sequence[Array | Rows], rows: int) -> Iterator[list[Array]]:
     return (_ahead if streamed else map)(read, range(0, total, rows))
 
 
-def _read(column: Array | Rows, start: int, stop: int) -> Array:
-    return column.read(start, stop) if isinstance(column, Rows) else column[start:stop]
+def _read(column: Array | Rows, start: int, stop: int, known: bool = False) -> Array:
+    return column.read(start, stop, known) if isinstance(column, Rows) else column[start:stop]
 
 
 def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -116,13 +118,14 @@ class Batches:
         self.size = min(batch_size, self.rows)
         self.shuffle = shuffle
         self.seed = seed
-        self._gathers: dict[int, tuple[Callable[..., None], list[Array]]] = {}
+        self._gathers: dict[tuple[int, int], tuple[Callable[..., None], list[Array]]] = {}
         streamed = [column for column in columns if isinstance(column, Rows)]
         self._stream = _Stream(self, streamed) if streamed else None
         self.resident = not streamed and memory.fits(
             [c for c in columns if not isinstance(c, Rows)]
         )
-        self.full = self._buffers(self.size)  # arrays like those of a full batch
+        # Arrays like those of a full batch.
+        self.full = [aligned_zeros((self.size, *c.shape[1:]), c.dtype) for c in columns]
         if self.resident:
             self.columns = [memory.place(column) for column in columns]
             self.full = [memory.place(buffer) for buffer in self.full]
@@ -134,47 +137,51 @@ class Batches:
 
     def _epoch(self, epoch: int) -> Iterator[Sequence[Array]]:
         if self._stream is not None:
-            for window in self._stream.windows(self._rng(epoch)):
-                yield from parts(window, self.size)
-        elif self.shuffle:
-            order = self._rng(epoch).permutation(self.rows)
-            for start in range(0, self.rows, self.size):
-                yield self._gathered(order[start : start + self.size])
+            windows = self._stream.windows(self._rng(epoch))
         else:
-            yield from parts(self.columns, self.size)
+            rows = np.arange(self.rows)
+            order = self._rng(epoch).permutation(self.rows) if self.shuffle else rows
+            windows = iter([(cast(list[Array], self.columns), order)])
+        for window, order in windows:
+            for start in range(0, len(order), self.size):
+                index = order[start : start + self.size]
+                if self.shuffle:
+                    yield self._gathered(window, index)
+                else:
+                    yield [column[index[0] : index[-1] + 1] for column in window]
 
     def _rng(self, epoch: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch))
 
-    def _buffers(self, rows: int) -> list[Array]:
-        return [aligned_zeros((rows, *c.shape[1:]), c.dtype) for c in self.columns]
-
-    def _gathered(self, index: Array) -> list[Array]:
-        """The rows `index` of arrays in memory, in buffers that every batch shares."""
-        if len(index) not in self._gathers:
+    def _gathered(self, columns: Sequence[Array], index: Array) -> list[Array]:
+        """The rows `index` of `columns`, in buffers that every batch shares."""
+        key = len(index), id(columns)
+        if key not in self._gathers:
             batch = [buffer[: len(index)] for buffer in self.full]
-            self._gathers[len(index)] = self._gather(index, batch), batch
-        gather, batch = self._gathers[len(index)]
+            self._gathers[key] = self._gather(columns, index, batch), batch
+        gather, batch = self._gathers[key]
         gather(index)
         return batch
 
-    def _gather(self, index: Array, batch: list[Array]) -> Callable[..., None]:
-        def on_device(index: Array) -> None:
-            for column, rows in zip(self.columns, batch, strict=True):
+    def _gather(
+        self, columns: Sequence[Array], index: Array, batch: list[Array]
+    ) -> Callable[..., None]:
+        def by_kernel(index: Array) -> None:
+            for column, rows in zip(columns, batch, strict=True):
                 self.backend.gather_rows(column, index, out=rows)
 
         def here(index: Array) -> None:  # data that the device has no room for
-            for column, rows in zip(self.columns, batch, strict=True):
-                np.take(cast(Array, column), index, axis=0, out=rows, mode="clip")
+            for column, rows in zip(columns, batch, strict=True):
+                np.take(column, index, axis=0, out=rows, mode="clip")
 
-        if not self.resident:
+        if not (self.resident or self.memory is HOST):
             return here
-        program: Callable[..., None] = self.backend.capture(on_device, index)
+        program: Callable[..., None] = self.backend.capture(by_kernel, index)
         return program
 
 
 class _Stream:
-    """Windows of rows, read and shuffled by a thread while the batches of the last one are used.
+    """Windows of rows, read by a thread while the batches of the last one are used.
 
     A window is blocks from anywhere in the file, its rows shuffled together. What fits in a single
     window is thus shuffled like an array.
@@ -187,8 +194,8 @@ class _Stream:
         chunks = getattr(streamed[0].source, "chunks", None)  # HDF5's and Zarr's: read them whole
         if isinstance(chunks, tuple) and isinstance(chunks[0], int):
             self.block = -(-self.block // chunks[0]) * chunks[0]
-        self._raw: list[Array] = []
-        self._windows: list[list[Array]] = []
+        self._windows: list[list[Array]] = []  # two: one to read into, one in use
+        self._known = False  # whether every row has been checked
 
     def order(self, rng: np.random.Generator) -> Iterator[tuple[list[tuple[int, int]], Array]]:
         """(blocks, order) of each window: (start, stop) of what is read, then how rows are put."""
@@ -204,36 +211,32 @@ class _Stream:
             count = sum(stop - start for start, stop in blocks)
             yield blocks, rng.permutation(count) if shuffle else np.arange(count)
 
-    def windows(self, rng: np.random.Generator) -> Iterator[list[Array]]:
-        """The columns, a window at a time. All but the last hold whole batches only."""
+    def windows(self, rng: np.random.Generator) -> Iterator[tuple[list[Array], Array]]:
+        """(columns, order) of each window. In all but the last, `order` is whole batches."""
         batches = self.batches
         if not self._windows:
-            capacity = min(self.block * WINDOW_BLOCKS, batches.rows)
-            self._raw = batches._buffers(capacity)
-            self._windows = [batches._buffers(capacity + batches.size) for _ in range(2)]
-        kept: list[Array] = [column[:0] for column in self._raw]
+            rows = min(self.block * WINDOW_BLOCKS, batches.rows) + batches.size - 1
+            shapes = [((rows, *c.shape[1:]), c.dtype) for c in batches.columns]
+            self._windows = [[np.empty(*shape) for shape in shapes] for _ in range(2)]
+        left = np.arange(0)  # rows of the window before, too few for a batch
         done = 0
 
-        def fill(window: tuple[list[tuple[int, int]], Array]) -> list[Array]:
-            """Read the rows behind those `kept`, too few for a batch, of the window before."""
-            nonlocal kept, done
+        def fill(window: tuple[list[tuple[int, int]], Array]) -> tuple[list[Array], Array]:
+            nonlocal left, done
             blocks, order = window
+            before, into = self._windows
             self._windows.reverse()
-            head, end = len(kept[0]), len(kept[0]) + len(order)
-            filled = []
-            for column, raw, buffer, rest in zip(
-                batches.columns, self._raw, self._windows[0], kept, strict=True
-            ):
-                buffer[:head] = rest
-                at = 0
+            for column, source, target in zip(batches.columns, before, into, strict=True):
+                target[: len(left)] = source[left]
+                end = len(left)
                 for start, stop in blocks:
-                    raw[at : at + stop - start] = _read(column, start, stop)
-                    at += stop - start
-                np.take(raw[:at], order, axis=0, out=buffer[head:end], mode="clip")
-                filled.append(buffer[:end])
-            done += len(order)
+                    target[end : end + stop - start] = _read(column, start, stop, self._known)
+                    end += stop - start
+            order = np.concatenate([np.arange(len(left)), len(left) + order])
+            done += end - len(left)
             whole = end if done == batches.rows else end // batches.size * batches.size
-            kept = [column[whole:] for column in filled]
-            return [column[:whole] for column in filled]
+            self._known = self._known or done == batches.rows
+            left = order[whole:]
+            return into, order[:whole]
 
         return _ahead(fill, self.order(rng))

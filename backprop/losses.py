@@ -96,7 +96,7 @@ class Loss:
         if not is_streamed(y) or math.prod(y.shape[1:]) == 1:
             return self.targets(y, rows, out_features, dtype)
         self._rows(y, rows, f"({rows}, {out_features})")
-        return Rows(y, lambda part: self.targets(part, len(part), out_features, dtype))
+        return Rows(y, lambda part, known: self.targets(part, len(part), out_features, dtype))
 
     def _rows(self, y: Any, batch: int, expected: str) -> None:
         if y.shape[0] != batch:

@@ -133,7 +133,7 @@ class Sequential:
         if not is_streamed(X):
             return self.inputs(X, where)
         self._check_shape(X.shape, where)
-        return Rows(X, lambda part: self.inputs(part, where))
+        return Rows(X, lambda part, known: self.inputs(part, where, finite=not known))
 
     def predict(self, X: Any, batch_size: int | None = None) -> Array:
         """The network's output (batch, out_features) for X (batch, in_features).
