@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 
@@ -10,17 +11,24 @@ import pytest
 
 from tests.cuda_host import build
 from tests.cuda_host.backend import backend as cuda_on_host
+from tests.cuda_host.backend import installed, on_gpu
+from tests.gpu import GPU
 
-BACKENDS = ("reference", "cpu")
-OPERATOR_BACKENDS = (*BACKENDS, "cuda")  # in the emulator: tests/cuda_host
+BACKENDS = ("reference", "cpu", "cuda", *GPU)  # "cuda" in the emulator: tests/cuda_host
 
 
-@pytest.fixture(params=OPERATOR_BACKENDS, scope="session")
+def _expect_emulator() -> None:
+    if reason := build.problem():
+        pytest.skip(f"the CUDA emulator {reason}")
+
+
+@pytest.fixture(params=BACKENDS, scope="session")
 def backend(request: pytest.FixtureRequest) -> ModuleType | SimpleNamespace:
     """The backend under test: a module with the functions of the operator table."""
+    if request.param == "gpu":
+        return on_gpu
     if request.param == "cuda":
-        if reason := build.problem():
-            pytest.skip(f"the CUDA emulator {reason}")
+        _expect_emulator()
         return cuda_on_host
     return import_module(f"backprop_kernels.{request.param}")
 
@@ -32,8 +40,13 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
     return np.dtype(name)
 
 
-@pytest.fixture(params=BACKENDS, scope="session")
-def device(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BACKENDS)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device of a model under test: each backend by its name."""
     name: str = request.param
-    return name
+    if name != "cuda":
+        yield "cuda" if name == "gpu" else name
+        return
+    _expect_emulator()
+    with installed():
+        yield name

@@ -8,6 +8,8 @@ from itertools import permutations
 import numpy as np
 from backprop_kernels.arrays import Array
 
+from backprop.model import Sequential
+
 # Around every tile, vector and leaf size in use: 0, 1, primes, 2ⁿ and 2ⁿ ± 1.
 SIZES = (0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97,
          127, 128, 129, 257)  # fmt: skip
@@ -81,6 +83,11 @@ def operands(kind: str, rows: int, columns: int, terms: int, dtype: np.dtype) ->
     """A (rows, terms) and B (columns, terms) of a kind in `OPERANDS`."""
     A, B = OPERANDS[kind](np.random.default_rng(rows + columns + terms), rows, columns, terms)
     return A.astype(dtype), B.astype(dtype)
+
+
+def on_host(model: Sequential) -> Array:
+    """The flat parameters as NumPy reads them."""
+    return model.memory.numpy(model.parameters)
 
 
 def exact_dtype(dtype: np.dtype) -> np.dtype:

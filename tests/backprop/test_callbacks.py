@@ -11,6 +11,7 @@ import pytest
 import backprop as bp
 from backprop.memory import HOST
 from backprop.noise import InputNoise
+from tests.inputs import on_host
 
 rng = np.random.default_rng(0)
 X, y = rng.standard_normal((32, 5)), rng.standard_normal(32)
@@ -175,10 +176,10 @@ def test_ema_is_the_average_written_out(device: str) -> None:
 
     class Path(bp.Callback):
         def step_end(self, training: bp.Training) -> None:
-            path.append(training.model.parameters.copy())
+            path.append(on_host(training.model).copy())
 
     model, plain = small(device), small(device)
-    start = model.parameters.copy()
+    start = on_host(model).copy()
     history = fit(model, epochs=3, ema=decay, callbacks=[Path()], eval_set=held_out)
     averaged = list(path)
     path.clear()
@@ -187,22 +188,22 @@ def test_ema_is_the_average_written_out(device: str) -> None:
     average = start
     for p in path:
         average = decay * average + (1 - decay) * p
-    np.testing.assert_allclose(model.parameters, average, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(on_host(model), average, rtol=1e-12, atol=1e-14)
     expected = ((model.predict(held_out[0])[:, 0] - held_out[1]) ** 2).mean()
     assert history["val_loss"][-1] == pytest.approx(expected, rel=1e-12)
 
 
 def test_ema_counts_steps_and_not_batches(device: str) -> None:
-    model, start = small(device), small(device).parameters
+    model, start = small(device), on_host(small(device))
     seen = []
 
     class After(bp.Callback):
         def step_end(self, training: bp.Training) -> None:
-            seen.append((training.step.steps, training.model.parameters.copy()))
+            seen.append((training.step.steps, on_host(training.model).copy()))
 
     fit(model, accumulate=3, ema=0.5, callbacks=[After()])
     assert [n for n, _ in seen] == [0, 0, 1]
-    np.testing.assert_allclose(model.parameters, (start + seen[-1][1]) / 2, rtol=1e-14)
+    np.testing.assert_allclose(on_host(model), (start + seen[-1][1]) / 2, rtol=1e-14)
 
 
 def test_noise_has_its_width_and_is_a_function_of_seed_and_batch() -> None:

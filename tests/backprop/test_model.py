@@ -24,7 +24,7 @@ def normed(device: str = "reference", seed: int = 0, **options: Any) -> bp.Seque
     model = bp.Sequential(layers, device=device, seed=seed, **options)
     draw = np.random.default_rng(seed)
     for value in (*model.layout.views(model.parameters).values(), *model.statistics.values()):
-        value += draw.random(value.shape)
+        model.memory.fill(value, model.memory.numpy(value) + draw.random(value.shape))
     return model
 
 

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 import backprop as bp
 from docs.examples import chain_rule, learning_rate, xor
-
-
-@pytest.fixture
-def device(backend: ModuleType) -> str:
-    """Each backend, by the name of its device."""
-    return backend.__name__.rpartition(".")[2]
 
 
 def sigmoid(z: float) -> float:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -21,6 +21,8 @@ from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.operators import OPERATORS
 
 from tests.cuda_host import build, cupy_stand_in
+
+Place: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -36,7 +38,7 @@ class Mirror:
     """Device copies of NumPy arrays: one per piece of memory, however often it is given."""
 
     def __init__(self) -> None:
-        self._pairs: dict[tuple[int, int], tuple[np.ndarray, Any]] = {}
+        self.pairs: dict[tuple[int, int], tuple[np.ndarray, Any]] = {}
         self._shown: dict[int, np.ndarray] = {}
 
     def to_device(self, value: Any) -> Any:
@@ -50,21 +52,21 @@ class Mirror:
         if not isinstance(value, np.ndarray):
             return value
         key = (value.__array_interface__["data"][0], value.nbytes)
-        if key not in self._pairs:
-            self._pairs[key] = value, _copied(cupy, value)
-        device = self._pairs[key][1]
+        if key not in self.pairs:
+            self.pairs[key] = value, _copied(cupy, value)
+        device = self.pairs[key][1]
         if device.dtype != value.dtype or device.shape != value.shape:
             device = device.reshape(value.shape)
         self._shown[device.data.ptr] = value
         return device
 
     def upload(self) -> None:
-        for host, device in self._pairs.values():
+        for host, device in self.pairs.values():
             if host.size:
                 device.set(host)
 
     def download(self) -> None:
-        for host, device in self._pairs.values():
+        for host, device in self.pairs.values():
             if host.size and host.flags.writeable:
                 device.get(out=host)
 
@@ -81,13 +83,13 @@ class Mirror:
 _mirror: Mirror | None = None  # of the capture that is going on
 
 
-def _operator(name: str) -> Callable[..., Any]:
+def _operator(name: str, place: Place) -> Callable[..., Any]:
     @wraps(getattr(cuda, name))
     def call(*arguments: Any, **options: Any) -> Any:
-        with installed():
+        with place():
             mirror = _mirror or Mirror()
-            options = {k: mirror.to_device(v) if k != "options" else v for k, v in options.items()}
-            result = getattr(cuda, name)(*(mirror.to_device(a) for a in arguments), **options)
+            placed = {k: mirror.to_device(v) if k != "options" else v for k, v in options.items()}
+            result = getattr(cuda, name)(*(mirror.to_device(a) for a in arguments), **placed)
             if _mirror is None:
                 mirror.download()
             return mirror.to_host(result)
@@ -95,35 +97,36 @@ def _operator(name: str) -> Callable[..., Any]:
     return call
 
 
-@wraps(cuda.capture)
-def _capture(operators: Callable[..., None], *inputs: np.ndarray) -> Callable[..., None]:
-    global _mirror
-    stands = [np.empty_like(a) for a in inputs]  # for the program's own buffers
-    mirror, outer = Mirror(), _mirror
+def _capture(place: Place) -> Callable[..., Any]:
+    @wraps(cuda.capture)
+    def capture(operators: Callable[..., None], *inputs: np.ndarray) -> Callable[..., None]:
+        global _mirror
+        stands = [np.empty_like(a) for a in inputs]  # for the program's own buffers
+        places = [(a.__array_interface__["data"][0], a.nbytes) for a in stands]
+        mirror, outer = Mirror(), _mirror
 
-    def on_device(*buffers: Any) -> None:
-        for stand, buffer in zip(stands, buffers, strict=True):
-            mirror._pairs[stand.__array_interface__["data"][0], stand.nbytes] = stand, buffer
-        operators(*stands)
+        def on_device(*buffers: Any) -> None:
+            mirror.pairs.update(zip(places, zip(stands, buffers, strict=True), strict=True))
+            operators(*stands)
 
-    with installed():
-        import cupy
+        with place():
+            _mirror = mirror
+            try:
+                program = cuda.capture(on_device, *inputs)
+            finally:
+                _mirror = outer
+            for key in places:
+                del mirror.pairs[key]
 
-        _mirror = mirror
-        try:
-            program = cuda.capture(on_device, *map(cupy.asarray, inputs))
-        finally:
-            _mirror = outer
-        for stand in stands:
-            del mirror._pairs[stand.__array_interface__["data"][0], stand.nbytes]
+        def replay(*arrays: np.ndarray) -> None:
+            with place():
+                mirror.upload()
+                program(*arrays)
+                mirror.download()
 
-    def replay(*arrays: np.ndarray) -> None:
-        with installed():
-            mirror.upload()
-            program(*arrays)
-            mirror.download()
+        return replay
 
-    return replay
+    return capture
 
 
 def _copied(cupy: Any, value: np.ndarray) -> Any:
@@ -135,9 +138,15 @@ def _copied(cupy: Any, value: np.ndarray) -> Any:
     return cupy.asarray(np.repeat(value, 2, axis=-1))[..., ::2]
 
 
-backend = SimpleNamespace(
-    __name__="backprop_kernels.cuda",
-    __all__=cuda.__all__,
-    capture=_capture,
-    **{name: _operator(name) for row in OPERATORS for name in row.functions},
-)
+def adapter(place: Place) -> SimpleNamespace:
+    """The CUDA backend for NumPy arrays; every call happens inside `place()`."""
+    return SimpleNamespace(
+        __name__="backprop_kernels.cuda",
+        __all__=cuda.__all__,
+        capture=_capture(place),
+        **{name: _operator(name, place) for row in OPERATORS for name in row.functions},
+    )
+
+
+backend = adapter(installed)  # in the emulator
+on_gpu = adapter(nullcontext)

@@ -134,6 +134,12 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def any(self) -> ndarray:
         return asarray(self._host.any())
 
+    def all(self) -> ndarray:
+        return asarray(self._host.all())
+
+    def tobytes(self) -> bytes:
+        return bytes(self.get().tobytes())
+
     def astype(self, dtype: Any, copy: bool = True) -> ndarray:
         return asarray(self._host.astype(dtype))
 
