@@ -42,6 +42,7 @@ from backprop.model import MLP, Sequential, load
 from backprop.monitor import EarlyStopping
 from backprop.optimizers import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
 from backprop.profile import Phase, Profile, profile
+from backprop.resume import Checkpoint
 from backprop.schedules import Plateau, Schedule
 from backprop.step import TrainStep, value_and_grad
 
@@ -58,6 +59,7 @@ __all__ = [
     "BatchNorm",
     "CSVLog",
     "Callback",
+    "Checkpoint",
     "CheckpointCorruptError",
     "CheckpointFormatError",
     "CheckpointMismatchError",

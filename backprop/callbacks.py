@@ -32,8 +32,11 @@ class Training:
     names: tuple[str, ...]  # what the history will hold: loss, lr, val_loss, …
     seed: int = 0
     epoch: int = 0  # from 0
-    done: int = 0  # rows of this epoch that were trained on
+    batch: int = 0  # batches of this epoch that were trained on
+    done: int = 0  # and rows
+    total: float = 0.0  # of their losses, each times its rows
     loss: float = field(default=float("nan"))  # of the last batch
+    validating: bool = False
     stop: bool = False
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
 from typing import Any
 
 from backprop_kernels import checks
@@ -20,6 +21,7 @@ from backprop.monitor import EarlyStopping, resolve_early_stopping
 from backprop.noise import InputNoise
 from backprop.optimizers import Optimizer
 from backprop.progress import Progress
+from backprop.resume import Checkpoint, Run, resolve_checkpoint
 from backprop.schedules import resolve_schedule
 from backprop.step import TrainStep
 from backprop.validation import DataSet, class_weights, named_sets
@@ -47,6 +49,8 @@ def fit(
     input_noise: float = 0.0,
     ema: float | EMA | None = None,
     callbacks: Iterable[Callback | EpochFunction] = (),
+    checkpoint: str | PathLike[str] | Checkpoint | None = None,
+    resume: bool | str | PathLike[str] = False,
     progress: bool | str = True,
     seed: int = 0,
 ) -> History:
@@ -71,12 +75,17 @@ def fit(
         ema: decay of an average of the parameters, which the model then holds after each epoch.
         callbacks: functions of (epoch, history), called after each epoch; one that returns True
             ends the training. Or objects: see `Callback`.
+        checkpoint: a folder to save the fit in after every epoch, or a `Checkpoint`.
+        resume: True goes on from the newest checkpoint, if there is one; or a checkpoint's path.
         progress: a line with rate, losses and time left, where someone watches; "lines": one line
             an epoch, also where output goes to a file; False: nothing.
         seed: of order, noise, dropout and split. The same seed gives the same bits.
 
     All data is checked before the first step; an error leaves the model unchanged. When a step
     meets a non-finite loss or gradient it is not applied and NonFiniteError is raised.
+
+    Ctrl-C ends the fit after the step it meets (a long one is broken off, whole or not at all), and
+    the history says `interrupted`. With a checkpoint it saves, and so does SIGTERM.
 
     X may be larger than memory: a memory map, or a dataset (HDF5, Zarr) with shape and slicing. It
     is then read while training runs, checked as it is read, and shuffled by blocks.
@@ -113,37 +122,48 @@ def fit(
     training = Training(
         model, step, history, int(epochs), rows, ("loss", "lr", *names, "seconds"), seed
     )
-    watching = Callbacks([part for part in parts if part is not None], training)
+    present = [part for part in parts if part is not None]
+    run = Run(training, present, batches, resolve_checkpoint(checkpoint), {
+        "loss": loss, "accumulate": accumulate, "clip_norm": clip_norm, "input_noise": input_noise,
+    })  # fmt: skip
+    run.resume(resume)
+    watching = Callbacks(present, training)
     watching.tell("fit_begin")
     step.prepare(*batches.full)  # compiling is no part of the rate, nor of the first epoch's time
-    report = Progress(int(epochs), rows, progress)
+    report = Progress(training.epochs, rows, progress, before=training.epoch * rows + training.done)
     val_loss: float | None = None
-    number = 0  # of the batch
     try:
-        for epoch in range(int(epochs)):
-            started = time.perf_counter()
-            training.epoch, training.done, total = epoch, 0, 0.0
-            for inputs, *targets in batches.epoch(epoch):
-                watching.tell("step_begin")
-                training.loss = step.run(noise(inputs, number), *targets)
-                number += 1
-                total += len(inputs) * training.loss
-                training.done += len(inputs)
-                watching.tell("step_end")
-                report.update(epoch, training.done, total / training.done, val_loss)
-            if step.flush():
-                watching.tell("step_end")
-            watching.tell("validation_begin")
-            values = {"loss": total / rows, "lr": step.lr}
-            for name, held_out in sets.items():
-                found = scores(model, loss, held_out.columns, chosen)
-                values |= {f"{name}_{metric}": value for metric, value in found.items()}
-            val_loss = values.get("val_loss")
-            history.append(**values, seconds=time.perf_counter() - started)
-            report.end_epoch(epoch, values["loss"], val_loss)
-            watching.tell("epoch_end")
-            if training.stop:
-                break
+        with run:
+            while training.epoch < training.epochs and not training.stop:
+                started = time.perf_counter()
+                for number, (inputs, *targets) in run.batches():
+                    watching.tell("step_begin")
+                    training.loss = run.step(noise(inputs, number), *targets)
+                    training.done += len(inputs)
+                    training.total += len(inputs) * training.loss
+                    watching.tell("step_end")
+                    loss_so_far = training.total / training.done
+                    report.update(training.epoch, training.done, loss_so_far, val_loss)
+                if step.flush():
+                    watching.tell("step_end")
+                if run.interrupted:
+                    break
+                if not training.validating:
+                    watching.tell("validation_begin")
+                training.validating = True
+                values = {"loss": training.total / rows, "lr": step.lr}
+                for name, held_out in sets.items():
+                    found = scores(model, loss, held_out.columns, chosen)
+                    values |= {f"{name}_{metric}": value for metric, value in found.items()}
+                training.validating = False
+                val_loss = values.get("val_loss")
+                history.append(**values, seconds=time.perf_counter() - started)
+                report.end_epoch(training.epoch, values["loss"], val_loss)
+                watching.tell("epoch_end")
+                run.end_epoch()
+                if run.interrupted:
+                    break
     finally:
         watching.tell("fit_end")
+    run.terminate()
     return history

@@ -23,6 +23,8 @@ class History(dict[str, list[float]]):
     `loss` is the mean over the epoch's steps, as each step found it before its update.
     """
 
+    interrupted = False  # whether Ctrl-C or SIGTERM ended the fit
+
     def append(self, **values: float) -> None:
         """Add one epoch."""
         for name, value in values.items():

@@ -230,8 +230,15 @@ class Sequential:
         """Write a safetensors file: tensors, checksums, architecture. Atomic and durable."""
         from backprop.checkpoint import write_tensors
 
-        metadata = {"format": "pt", ARCHITECTURE: json.dumps(self.config(), allow_nan=False)}
-        write_tensors(path, self.state_dict(), metadata)
+        write_tensors(path, *self.content())
+
+    def content(self) -> tuple[dict[str, Array], dict[str, str]]:
+        """(tensors, metadata) of the model's file."""
+        from backprop.tensor_header import parse_text
+
+        architecture = json.dumps(self.config(), allow_nan=False)
+        parse_text(architecture, "save: architecture")  # what could not be read is not written
+        return self.state_dict(), {"format": "pt", ARCHITECTURE: architecture}
 
     def __repr__(self) -> str:
         inner = ", ".join(map(repr, self.layers))
@@ -282,19 +289,22 @@ LAYERS = {kind.__name__: kind for kind in (Linear, Dropout, *NORMS.values())}
 def load(path: str | PathLike[str], device: str = "auto") -> Sequential:
     """The model in `path`, checked byte for byte. Nothing in the file is executed.
 
+    A checkpoint of `fit` holds a model too; of a folder of them the newest whole one is taken.
     Raises CheckpointFormatError where the file is not a model of this library, and
     CheckpointCorruptError where its checksums do not match.
     """
-    from backprop.checkpoint import read_tensors
+    from backprop.generations import model_part, read_checkpoint
+    from backprop.tensor_header import parse_text
 
-    tensors, metadata = read_tensors(path)
+    path, tensors, metadata = read_checkpoint(path)
+    tensors = model_part(tensors)
     if ARCHITECTURE not in metadata:
         raise CheckpointFormatError(
             f"load: {path}: expected a model saved by fused-backprop, got a safetensors file "
             "without its architecture; build the model and use load_state_dict"
         )
     try:
-        config = json.loads(metadata[ARCHITECTURE])
+        config = parse_text(metadata[ARCHITECTURE], f"load: {path}: architecture")
         if config["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT!r}, got {config['format']!r}")
         layers = [LAYERS[entry.pop("kind")](**entry) for entry in config["layers"]]

@@ -15,15 +15,21 @@ class Progress:
     """Prints epoch, share, rate, losses and the time left to `stream` (stderr).
 
     `shown` is True (one line, redrawn, in a terminal or a notebook; nothing where output goes to a
-    file or a log), "lines" (there one line an epoch), or False.
+    file or a log), "lines" (there one line an epoch), or False. `before` counts the rows that an
+    interrupted fit had done.
     """
 
     def __init__(
-        self, epochs: int, rows: int, shown: bool | str, stream: TextIO | None = None
+        self,
+        epochs: int,
+        rows: int,
+        shown: bool | str,
+        stream: TextIO | None = None,
+        before: int = 0,
     ) -> None:
         if shown not in (True, False, "lines"):
             raise OptionError(f'fit: progress: expected True, False or "lines", got {shown!r}')
-        self.epochs, self.rows = epochs, rows
+        self.epochs, self.rows, self.before = epochs, rows, before
         self.stream = sys.stderr if stream is None else stream
         self.notebook = type(self.stream).__module__.startswith("ipykernel")
         self.live = bool(shown) and (self.notebook or self.stream.isatty())
@@ -47,11 +53,12 @@ class Progress:
     def _draw(self, epoch: int, done: int, loss: float, val_loss: float | None, end: str) -> None:
         seconds = max(time.monotonic() - self.started, 1e-9)
         total = epoch * self.rows + done
-        left = (self.epochs * self.rows - total) * seconds / max(total, 1)
+        rate = max(total - self.before, 1) / seconds
+        left = (self.epochs * self.rows - total) / rate
         validation = "" if val_loss is None else f"  val_loss {val_loss:.4f}"
         text = (
             f"epoch {epoch + 1}/{self.epochs} {100 * done // max(self.rows, 1):3d}%  "
-            f"{total / seconds:,.0f} rows/s  loss {loss:.4f}{validation}  ETA {_clock(left)}"
+            f"{rate:,.0f} rows/s  loss {loss:.4f}{validation}  ETA {_clock(left)}"
         )
         self.stream.write(f"\r{text:<78}{end}" if self.live else f"{text}{end}")
         self.stream.flush()

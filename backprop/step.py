@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from math import isfinite, nan
 from typing import Any
 
 import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
-from backprop_kernels.errors import KindError, NonFiniteError, OptionError, ShapeError
+from backprop_kernels.errors import (
+    CheckpointMismatchError,
+    KindError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+)
 
 from backprop.losses import (
     Loss,
@@ -129,6 +135,8 @@ class TrainStep:
         )  # fmt: skip
         self.steps = 0
         self.pending = 0  # batches accumulated towards the next step
+        self.loss = nan  # of the last batch
+        self.running = False  # whether a signal's exception would be answered as `run` says
         self.accumulate = int(accumulate)
         self._total = model.memory.zeros(model.layout.size if accumulate > 1 else 0, model.dtype)
         self._mass = self._loss = 0.0  # of the pending batches: Σ weights, Σ weights · loss
@@ -150,8 +158,9 @@ class TrainStep:
             self._begin()
         self.gradients.set_step(self.steps * self.accumulate + self.pending)
         try:
+            self.running = True
             program(*arrays)
-            value = float(self.gradients.value)
+            value = self.loss = float(self.gradients.value)
             if self.accumulate > 1:
                 rest = [self.model.memory.numpy(array) for array in arrays[1:]]
                 self._add(value, self.gradients.loss.mass(*rest))
@@ -160,8 +169,11 @@ class TrainStep:
             if self._apart:
                 self._apply()
         except BaseException:  # Ctrl-C: the optimizer, once begun, has run to its end
+            self.running = False
             self._end()
             raise
+        finally:
+            self.running = False
         self._expect_applied(arrays[0])
         return value
 
@@ -176,6 +188,31 @@ class TrainStep:
             raise
         self._expect_applied(None)
         return True
+
+    def abandon(self) -> None:
+        """Forget the batches accumulated so far."""
+        if self.pending:
+            self.norm[...] = nan
+            self._end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later step depends on besides the model, between two steps."""
+        factor = self.update.lr_factor
+        return {"steps": self.steps, "lr_factor": factor, "moments": dict(self.state)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there. Nothing has changed where CheckpointMismatchError is raised."""
+        moments = state["moments"]
+        expected = {name: (value.shape, value.dtype) for name, value in self.state.items()}
+        if {name: (value.shape, value.dtype) for name, value in moments.items()} != expected:
+            raise CheckpointMismatchError(
+                f"TrainStep: moments: expected {', '.join(expected)} of {self.optimizer.rule} for "
+                f"{self.model.layout.size} parameters, got others"
+            )
+        self.abandon()
+        for name, value in moments.items():
+            self.state[name][...] = value
+        self.steps, self.update.lr_factor = state["steps"], state["lr_factor"]
 
     def _begin(self) -> None:
         for statistic, before in self._statistics:
@@ -204,6 +241,8 @@ class TrainStep:
 
     def _end(self) -> bool:
         """Count the step where it was applied, else take back what forward moved."""
+        if self.accumulate == 1:
+            self.loss = float(self.gradients.value)
         self._total[...] = 0
         self.pending, self._mass, self._loss = 0, 0.0, 0.0
         applied = isfinite(self.norm) and isfinite(self.gradients.value)

@@ -39,6 +39,10 @@ MAX_STRINGS = 5 * MAX_TENSORS + 2_000
 MAX_BRACKETS = 6 * MAX_TENSORS + 1_000
 MAX_COMMAS = 7 * MAX_TENSORS + 1_000
 MAX_DEPTH = 8
+# JSON within the metadata (an architecture, a run's state) is parsed on its own: 12 MiB at most.
+MAX_TEXT_STRINGS = 100_000
+MAX_TEXT_BRACKETS = 20_000
+MAX_TEXT_COMMAS = 140_000
 # A single wide character makes Python store a whole string at 4 bytes a character.
 MAX_WIDE_HEADER = 2**20
 
@@ -118,6 +122,19 @@ def parse_header(header: bytes, where: str) -> tuple[list[Entry], dict[str, str]
     return [_parse_entry(name, field, where) for name, field in fields.items()], metadata
 
 
+def parse_text(text: str, where: str) -> Any:
+    """The data of a JSON text within the metadata; CheckpointFormatError unless strict and small.
+
+    Numbers may be floats, but neither NaN nor infinite.
+    """
+    limits = MAX_TEXT_STRINGS, MAX_TEXT_BRACKETS, MAX_TEXT_COMMAS
+    _bound_json(text.encode("utf-8", "surrogatepass"), where, "text", limits)
+    try:
+        return _TEXT.decode(text)
+    except ValueError as error:
+        raise malformed(where, "text", "strict JSON", words=str(error)) from None
+
+
 def check_layout(entries: list[Entry], size: int, where: str) -> None:
     """The tensors must cover the `size` bytes of data exactly: no hole, no overlap, no rest."""
     reached = 0
@@ -132,22 +149,26 @@ def check_layout(entries: list[Entry], size: int, where: str) -> None:
         raise malformed(where, "data", f"{reached} bytes", words=f"{size}, some of no tensor")
 
 
-def _bound_json(header: bytes, where: str, place: str) -> None:
+def _bound_json(
+    header: bytes, where: str, place: str,
+    limits: tuple[int, int, int] = (MAX_STRINGS, MAX_BRACKETS, MAX_COMMAS),
+) -> None:  # fmt: skip
     """Refuse what would make the JSON parser recurse deeply or allocate many times the header."""
     if len(header) > MAX_WIDE_HEADER and (not header.isascii() or rb"\u" in header):
         expected = f"plain ASCII in a header above {MAX_WIDE_HEADER} bytes"
         raise malformed(where, place, expected, words="other characters")
+    max_strings, max_brackets, max_commas = limits
     unescaped = header.replace(rb"\\", b"").replace(rb"\"", b"")
     quotes = unescaped.count(b'"')
-    if quotes > 2 * MAX_STRINGS:
-        raise malformed(where, place, f"at most {2 * MAX_STRINGS} quotes", quotes)
+    if quotes > 2 * max_strings:
+        raise malformed(where, place, f"at most {2 * max_strings} quotes", quotes)
     outside_strings = b"".join(unescaped.split(b'"')[::2])
     commas = outside_strings.count(b",")
-    if commas > MAX_COMMAS:
-        raise malformed(where, place, f"at most {MAX_COMMAS} commas", commas)
+    if commas > max_commas:
+        raise malformed(where, place, f"at most {max_commas} commas", commas)
     brackets = outside_strings.translate(None, NOT_BRACKETS)
-    if len(brackets) > MAX_BRACKETS:
-        raise malformed(where, place, f"at most {MAX_BRACKETS} brackets", len(brackets))
+    if len(brackets) > max_brackets:
+        raise malformed(where, place, f"at most {max_brackets} brackets", len(brackets))
     depth = 0
     for bracket in brackets:
         depth += 1 if bracket in b"[{" else -1
@@ -205,5 +226,20 @@ _JSON = json.JSONDecoder(
     object_pairs_hook=_object_without_duplicates,
     parse_int=_short_integer,
     parse_float=_no_number,
+    parse_constant=_no_number,
+)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _no_number(text)
+    return value
+
+
+_TEXT = json.JSONDecoder(
+    object_pairs_hook=_object_without_duplicates,
+    parse_int=_short_integer,
+    parse_float=_finite,
     parse_constant=_no_number,
 )

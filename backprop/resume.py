@@ -1,0 +1,304 @@
+"""A fit that survives: where it is, what a checkpoint of it holds, and how it goes on from one.
+
+A checkpoint is a model file (`bp.load` reads it) that also holds the optimizer's moments, the
+position in the data, the history and the state of every callback. Order, noise and dropout follow
+from seed, epoch and batch, so a resumed fit makes the same steps, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from backprop_kernels import checks
+from backprop_kernels.arrays import Array
+from backprop_kernels.errors import (
+    CheckpointFormatError,
+    CheckpointMismatchError,
+    KindError,
+    OptionError,
+)
+
+from backprop.batches import Batches, Rows
+from backprop.callbacks import Callback, Training
+from backprop.generations import PREFIX, STATE, Generations, model_part, read_checkpoint
+from backprop.interrupts import Interrupts
+from backprop.plain import decode, encode
+
+SAMPLE_ROWS = 16  # at both ends of the data: enough to notice other rows, or another order
+
+
+class Checkpoint:
+    """`fit(checkpoint=Checkpoint("runs/first", seconds=600))`: where to save, and how often.
+
+    Args:
+        folder: of this run alone; made where it is missing.
+        epochs, steps, seconds: save after so many; by default after every epoch. The end of a fit,
+            Ctrl-C and SIGTERM save too.
+        keep: how many checkpoints stay. Two or more: the one before the newest is the spare.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        seconds: float | None = None,
+        keep: int = 2,
+    ) -> None:
+        for name, value in (("epochs", epochs), ("steps", steps)):
+            if value is not None:
+                checks.integer("Checkpoint", name, value, 1)
+        number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if seconds is not None and not (number and seconds >= 0):
+            raise OptionError(f"Checkpoint: seconds: expected a number ≥ 0, got {seconds!r}")
+        checks.integer("Checkpoint", "keep", keep, 2)
+        self.folder = Path(folder)
+        never_said = epochs is steps is seconds is None
+        self.epochs = 1 if never_said else epochs
+        self.steps, self.seconds, self.keep = steps, seconds, keep
+
+
+def resolve_checkpoint(checkpoint: Any) -> Checkpoint | None:
+    """A `Checkpoint`, from one or from its folder."""
+    if checkpoint is None or isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    if isinstance(checkpoint, str | os.PathLike):
+        return Checkpoint(checkpoint)
+    raise KindError(
+        f"fit: checkpoint: expected a folder or a Checkpoint, got {type(checkpoint).__name__}"
+    )
+
+
+class Run:
+    """One fit as something that can stop anywhere and go on.
+
+    `batches` gives what is left of an epoch, saves between steps where that is due, and ends early
+    after a signal; `interrupted` then says so.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        callbacks: Sequence[Callback],
+        source: Batches,
+        checkpoint: Checkpoint | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.training, self.source = training, source
+        # Those that have something to remember; others may come and go.
+        self.callbacks = [c for c in callbacks if type(c).state_dict is not Callback.state_dict]
+        self.checkpoint, self._given = checkpoint, settings
+        self.interrupts = Interrupts(self._breakable, terminate=checkpoint is not None)
+        self._saved_at = time.monotonic(), training.step.steps
+        self._between_steps = self._position()
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """What a checkpoint and the fit that goes on from it must agree on, as text."""
+        model, source = self.training.model, self.source
+        optimizer = self.training.step.optimizer
+        options = {k: v for k, v in optimizer.options.items() if k != "lr"}  # may have been changed
+        everything = {
+            "layers": model.layers, "dtype": str(model.dtype), "frozen": sorted(model.frozen),
+            "optimizer": (optimizer.rule, options, optimizer.common),
+            **self._given,
+            "seed": source.seed, "shuffle": source.shuffle, "batch_size": source.size,
+            "rows": source.rows, "data": sample_of(source.columns),
+            "callbacks": [type(callback).__name__ for callback in self.callbacks],
+        }  # fmt: skip
+        return {name: repr(value) for name, value in everything.items()}
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal asked to end the training."""
+        return self.interrupts.received is not None
+
+    def __enter__(self) -> Run:
+        self.interrupts.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        """Save after a signal, which then ends the fit as if it were done."""
+        try:
+            answered = self.interrupted and not self.interrupts.insisted
+            answered = answered and isinstance(problem, KeyboardInterrupt | None)
+            if answered:
+                if problem is not None and not self.training.validating:
+                    # The batches of a step that was broken off come again.
+                    self.training.step.abandon()
+                    for name, value in self._between_steps.items():
+                        setattr(self.training, name, value)
+                self.training.history.interrupted = True
+                self.save()
+            return answered
+        finally:
+            self.interrupts.__exit__(kind, problem, trace)
+
+    def terminate(self) -> None:
+        """End the process where SIGTERM asked for that, now that everything is saved."""
+        if self.interrupts.received == signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def step(self, *arrays: Array) -> float:
+        """Train on one batch. One that was applied before a signal broke it off counts."""
+        step = self.training.step
+        steps = step.steps
+        try:
+            return step.run(*arrays)
+        except KeyboardInterrupt:
+            if not self.interrupted or step.steps == steps:
+                raise
+            return step.loss
+
+    def _breakable(self) -> bool:
+        return self.training.step.running or self.training.validating
+
+    def _position(self) -> dict[str, Any]:
+        t = self.training
+        names = ("epoch", "batch", "done", "total", "validating", "stop")
+        return {name: getattr(t, name) for name in names}
+
+    def batches(self) -> Iterator[tuple[int, list[Array]]]:
+        """(number in the fit, batch) of what is left of the epoch.
+
+        The caller has trained on a batch when it asks for another.
+        """
+        training, source = self.training, self.source
+        first = training.epoch * -(-source.rows // source.size)
+        for batch in islice(source.epoch(training.epoch), training.batch, None):
+            if self.interrupted and not training.step.pending:
+                return
+            yield first + training.batch, batch
+            training.batch += 1
+            if not training.step.pending:
+                self._between_steps = self._position()
+                self._save_if_due()
+
+    def end_epoch(self) -> None:
+        """The epoch is in the history and every callback knows: what follows is the next."""
+        t = self.training
+        t.epoch, t.batch, t.done, t.total = t.epoch + 1, 0, 0, 0.0
+        self._between_steps = self._position()
+        every = self.checkpoint and self.checkpoint.epochs
+        due = t.epoch == t.epochs or t.stop or (every and t.epoch % every == 0)
+        if due and not self.interrupted:  # which saves by itself
+            self.save()
+
+    def _save_if_due(self) -> None:
+        if self.checkpoint is None:
+            return
+        seconds, steps = self._saved_at
+        checkpoint, step = self.checkpoint, self.training.step
+        late = checkpoint.seconds is not None and time.monotonic() - seconds >= checkpoint.seconds
+        if late or (checkpoint.steps and step.steps - steps >= checkpoint.steps):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, where one is wanted."""
+        if self.checkpoint is None:
+            return
+        t = self.training
+        tensors, text = encode(
+            {
+                "settings": self.settings,
+                "position": self._position(),
+                "step": t.step.state_dict(),
+                "optimizer": t.step.optimizer.options,
+                "history": {name: np.array(values) for name, values in t.history.items()},
+                "callbacks": [callback.state_dict() for callback in self.callbacks],
+            },
+            PREFIX,
+        )
+        model_tensors, metadata = t.model.content()
+        folder = Generations(self.checkpoint.folder, self.checkpoint.keep)
+        folder.save({**model_tensors, **tensors}, {**metadata, STATE: text})
+        self._saved_at = time.monotonic(), t.step.steps
+
+    def resume(self, resume: Any) -> None:
+        """Go on from a checkpoint: True is the newest of the own folder, if there is one."""
+        own = Generations(self.checkpoint.folder) if self.checkpoint is not None else None
+        if resume is False:
+            if own is not None and own.files():
+                raise OptionError(
+                    f"fit: checkpoint: expected a folder without checkpoints, got {own.folder} "
+                    f"with {own.files()[0].name}; resume=True goes on from there, or name another"
+                )
+            return
+        if resume is True:
+            if own is None:
+                raise OptionError(
+                    "fit: resume: expected checkpoint=… with resume=True, got none; or name a file"
+                )
+            found = own.newest()
+            if found is None:
+                return
+            path, tensors, metadata = found
+        elif isinstance(resume, str | os.PathLike):
+            path, tensors, metadata = read_checkpoint(resume)
+        else:
+            raise KindError(f"fit: resume: expected True, False or a path, got {resume!r}")
+        self._restore(path, tensors, metadata)
+
+    def _restore(self, path: Path, tensors: dict[str, Array], metadata: Mapping[str, str]) -> None:
+        where = f"fit: resume: {path}"
+        if STATE not in metadata:
+            raise CheckpointFormatError(
+                f"{where}: expected a checkpoint of a fit, got a file without {STATE}; a model "
+                "alone is read by bp.load"
+            )
+        state = decode(metadata[STATE], tensors, where)
+        t = self.training
+        try:
+            differences = [
+                f"{name}: {state['settings'].get(name)} there, {value} here"
+                for name, value in self.settings.items()
+                if state["settings"].get(name) != value
+            ]
+            if differences:
+                raise CheckpointMismatchError(
+                    f"{where}: expected the run that is asked for, got {'; '.join(differences)}"
+                )
+            t.step.load_state_dict(state["step"])
+            t.model.load_state_dict(model_part(tensors))
+            t.step.optimizer.options.update(
+                {k: tuple(v) if isinstance(v, list) else v for k, v in state["optimizer"].items()}
+            )
+            t.history.update({name: a.tolist() for name, a in state["history"].items()})
+            for callback, own in zip(self.callbacks, state["callbacks"], strict=True):
+                callback.load_state_dict(own)
+            for name, value in state["position"].items():
+                setattr(t, name, value)
+        except (KeyError, TypeError, AttributeError) as problem:
+            raise CheckpointFormatError(
+                f"{where}: expected the state of a fit, got {problem!r}"
+            ) from problem
+        self._saved_at = time.monotonic(), t.step.steps
+        self._between_steps = self._position()
+
+
+def sample_of(columns: Sequence[Array | Rows]) -> str:
+    """A digest of the first and the last rows of every column."""
+    sha = hashlib.sha256()
+    for column in columns:
+        rows = len(column)
+        for start in (0, max(rows - SAMPLE_ROWS, 0)):
+            stop = min(start + SAMPLE_ROWS, rows)
+            part = column.read(start, stop) if isinstance(column, Rows) else column[start:stop]
+            sha.update(np.ascontiguousarray(part).tobytes())
+    return sha.hexdigest()[:16]
