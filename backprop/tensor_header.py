@@ -10,6 +10,7 @@ import json
 import math
 import re
 import reprlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -212,8 +213,8 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _short_integer(digits: str) -> int:
-    if len(digits) > 19:
+def _short_integer(digits: str, most: int = 19) -> int:
+    if len(digits) > most:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)
 
@@ -239,7 +240,7 @@ def _finite(text: str) -> float:
 
 _TEXT = json.JSONDecoder(
     object_pairs_hook=_object_without_duplicates,
-    parse_int=_short_integer,
+    parse_int=partial(_short_integer, most=100),  # random generators have states of 128 bits
     parse_float=_finite,
     parse_constant=_no_number,
 )
