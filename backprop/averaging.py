@@ -28,8 +28,10 @@ class EMA(Callback):
         self._steps = 0
 
     def fit_begin(self, training: Training) -> None:
-        if self.other is None:
-            self.other = training.model.parameters.copy()
+        model = training.model
+        start = model.parameters if self.other is None else self.other
+        self.other = model.memory.zeros(model.parameters.shape, model.dtype)
+        model.memory.fill(self.other, start)
         self._steps = training.step.steps
         self._scratch = self.other.copy()
 

@@ -24,7 +24,10 @@ LONGEST_NAME = 180
 
 
 def encode(data: Mapping[str, Any], prefix: str) -> tuple[dict[str, Array], str]:
-    """(tensors, text) of plain data; the tensors' names begin with `prefix` and a dot."""
+    """(tensors, text) of plain data; the tensors' names begin with `prefix` and a dot.
+
+    Arrays of a device are copied from it.
+    """
     tensors: dict[str, Array] = {}
     text = json.dumps(_encoded(data, prefix, tensors), allow_nan=False)
     parse_text(text, f"checkpoint: {prefix}")  # what could not be read is not written
@@ -34,6 +37,8 @@ def encode(data: Mapping[str, Any], prefix: str) -> tuple[dict[str, Array], str]
 def _encoded(value: Any, place: str, tensors: dict[str, Array]) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
+    if hasattr(value, "__cuda_array_interface__"):
+        value = value.get()
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float) and isfinite(value):

@@ -32,8 +32,11 @@ from backprop.batches import Batches, Rows
 from backprop.callbacks import Callback, Training
 from backprop.generations import PREFIX, STATE, Generations, model_part, read_checkpoint
 from backprop.interrupts import Interrupts
+from backprop.memory import Memory
+from backprop.optimizers import Optimizer
 from backprop.plain import decode, encode
 
+POSITION = ("epoch", "batch", "done", "total", "validating", "stop")  # of a `Training`
 SAMPLE_ROWS = 16  # at both ends of the data: enough to notice other rows, or another order
 
 
@@ -114,7 +117,7 @@ class Run:
             "optimizer": (optimizer.rule, options, optimizer.common),
             **self._given,
             "seed": source.seed, "shuffle": source.shuffle, "batch_size": source.size,
-            "rows": source.rows, "data": sample_of(source.columns),
+            "rows": source.rows, "data": sample_of(source.columns, model.memory),
             "callbacks": [type(callback).__name__ for callback in self.callbacks],
         }  # fmt: skip
         return {name: repr(value) for name, value in everything.items()}
@@ -170,11 +173,9 @@ class Run:
         return self.training.step.running or self.training.validating
 
     def _position(self) -> dict[str, Any]:
-        t = self.training
-        names = ("epoch", "batch", "done", "total", "validating", "stop")
-        return {name: getattr(t, name) for name in names}
+        return {name: getattr(self.training, name) for name in POSITION}
 
-    def batches(self) -> Iterator[tuple[int, list[Array]]]:
+    def batches(self) -> Iterator[tuple[int, Sequence[Array]]]:
         """(number in the fit, batch) of what is left of the epoch.
 
         The caller has trained on a batch when it asks for another.
@@ -274,25 +275,35 @@ class Run:
                 raise CheckpointMismatchError(
                     f"{where}: expected the run that is asked for, got {'; '.join(differences)}"
                 )
+            options = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in state["optimizer"].items()
+            }
+            optimizer = Optimizer(t.step.optimizer.rule, **options)
+            history = {name: values.tolist() for name, values in state["history"].items()}
+            position = {name: state["position"][name] for name in POSITION}
+            for name, value in position.items():
+                if type(value) is not type(getattr(t, name)):
+                    raise TypeError(f"{name} {value!r}")
             t.step.load_state_dict(state["step"])
             t.model.load_state_dict(model_part(tensors))
-            t.step.optimizer.options.update(
-                {k: tuple(v) if isinstance(v, list) else v for k, v in state["optimizer"].items()}
-            )
-            t.history.update({name: a.tolist() for name, a in state["history"].items()})
             for callback, own in zip(self.callbacks, state["callbacks"], strict=True):
                 callback.load_state_dict(own)
-            for name, value in state["position"].items():
-                setattr(t, name, value)
-        except (KeyError, TypeError, AttributeError) as problem:
+        except CheckpointMismatchError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
             raise CheckpointFormatError(
                 f"{where}: expected the state of a fit, got {problem!r}"
             ) from problem
+        t.step.optimizer.options.update(optimizer.options)
+        t.history.update(history)
+        for name, value in position.items():
+            setattr(t, name, value)
         self._saved_at = time.monotonic(), t.step.steps
         self._between_steps = self._position()
 
 
-def sample_of(columns: Sequence[Array | Rows]) -> str:
+def sample_of(columns: Sequence[Array | Rows], memory: Memory) -> str:
     """A digest of the first and the last rows of every column."""
     sha = hashlib.sha256()
     for column in columns:
@@ -300,5 +311,5 @@ def sample_of(columns: Sequence[Array | Rows]) -> str:
         for start in (0, max(rows - SAMPLE_ROWS, 0)):
             stop = min(start + SAMPLE_ROWS, rows)
             part = column.read(start, stop) if isinstance(column, Rows) else column[start:stop]
-            sha.update(np.ascontiguousarray(part).tobytes())
+            sha.update(np.ascontiguousarray(memory.numpy(part)).tobytes())
     return sha.hexdigest()[:16]

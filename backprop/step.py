@@ -197,12 +197,13 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Any]:
         """What a later step depends on besides the model, between two steps."""
-        factor = self.update.lr_factor
-        return {"steps": self.steps, "lr_factor": factor, "moments": dict(self.state)}
+        moments = {name: self.model.memory.numpy(value) for name, value in self.state.items()}
+        return {"steps": self.steps, "lr_factor": self.update.lr_factor, "moments": moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there. Nothing has changed where CheckpointMismatchError is raised."""
-        moments = state["moments"]
+        checks.integer("TrainStep", "steps", state["steps"], 0)
+        moments, lr_factor = state["moments"], float(state["lr_factor"])
         expected = {name: (value.shape, value.dtype) for name, value in self.state.items()}
         if {name: (value.shape, value.dtype) for name, value in moments.items()} != expected:
             raise CheckpointMismatchError(
@@ -211,8 +212,8 @@ class TrainStep:
             )
         self.abandon()
         for name, value in moments.items():
-            self.state[name][...] = value
-        self.steps, self.update.lr_factor = state["steps"], state["lr_factor"]
+            self.model.memory.fill(self.state[name], value)
+        self.steps, self.update.lr_factor = state["steps"], lr_factor
 
     def _begin(self) -> None:
         for statistic, before in self._statistics:

@@ -113,17 +113,41 @@ def test_a_handler_that_raises_nothing_lets_the_step_go_on(monkeypatch: pytest.M
 
 
 def test_predict_and_fit_are_stopped() -> None:
+    """A fit returns: its model is that of the last whole step."""
     X, y = np.ones((30_000, 1024), np.float32), np.zeros(30_000, np.float32)
     model = bp.MLP([1024, 2048, 2048, 1])
     model.predict(X[:1])
-    for call in (
-        lambda: model.predict(X, batch_size=len(X)),
-        lambda: bp.fit(model, X, y, epochs=1000, batch_size=8192, progress=False),
-    ):
-        with pytest.raises(KeyboardInterrupt), interrupted_after(0.3) as sent:
-            call()
-        assert time.process_time() - sent[0] < 1
-    assert np.isfinite(model.parameters).all()
+    with pytest.raises(KeyboardInterrupt), interrupted_after(0.3) as sent:
+        model.predict(X, batch_size=len(X))
+    assert time.process_time() - sent[0] < 1
+    with interrupted_after(0.3) as sent:
+        history = bp.fit(model, X, y, epochs=1000, batch_size=8192, progress=False)
+    assert time.process_time() - sent[0] < 1
+    assert history.interrupted and np.isfinite(model.parameters).all()
+
+
+def test_a_long_validation_is_broken_off() -> None:
+    """The epoch's steps are made; its validation, of 3 s, is not waited for."""
+    X = np.ones((8192, 4096), np.float32)
+    y = np.ones((len(X), 1), np.float32)
+    model = bp.MLP([4096, 4096, 4096, 1])
+    seen: list[tuple[int, float]] = []
+
+    def send(steps: int) -> None:
+        seen.append((steps, time.process_time()))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    class Validating(bp.Callback):
+        def validation_begin(self, training: bp.Training) -> None:
+            threading.Timer(0.3, send, [training.step.steps]).start()
+
+    history = bp.fit(
+        model, X[:8], y[:8], eval_set=(X, y), batch_size=8, epochs=9, callbacks=[Validating()],
+        progress=False,
+    )  # fmt: skip
+    ((steps, sent),) = seen
+    assert time.process_time() - sent < 1
+    assert steps == 1 and history.epochs == 0 and history.interrupted
 
 
 def test_a_problem_on_the_other_thread_is_raised_here() -> None:

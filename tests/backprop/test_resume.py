@@ -261,3 +261,122 @@ def test_a_process_that_is_ended_by_a_signal(number: int, tmp_path: Path) -> Non
     else:
         assert (status, output) == (-number, "")
     assert run(tmp_path / "run", never, None)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 7}, "batch_size: 8 there, 7 here"),
+        ({"seed": 3}, "seed: 0 there, 3 here"),
+        ({"optimizer": "SGD"}, r"optimizer: \('Adam', .* here"),
+        ({"loss": bp.Loss("cross_entropy", label_smoothing=0.1)}, "loss: .* there, .*0.1"),
+        ({"ema": 0.9}, r"callbacks: \['Remembers'\] there, \['EMA', 'Remembers'\] here"),
+        ({"X": X[::-1]}, "data: .* there, .* here"),
+        ({"X": X[:20], "y": ids[:20]}, "rows: 23 there, 20 here; data: "),
+        ({"model": bp.MLP([4, 6, 3], device="reference")}, "layers: .*BatchNorm.* there"),
+        ({"model": bp.MLP([4, 6, 3], device="reference", dtype="float64")}, "dtype: 'float32'"),
+    ],
+)
+def test_another_run_is_not_mistaken_for_this_one(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    first, _, _ = train(tmp_path, "plain")
+    model = bp.Sequential(first.layers, device="reference", seed=1)
+    options: dict[str, Any] = {
+        "model": model, "X": X, "y": ids, "loss": "cross_entropy", "epochs": 3,
+        "callbacks": [Remembers()], "checkpoint": tmp_path, "progress": False,
+    }  # fmt: skip
+    options |= CASES["plain"]() | changes
+    before = options["model"].parameters.copy()
+    with pytest.raises(bp.CheckpointMismatchError, match=message) as caught:
+        bp.fit(**options, resume=True)
+    assert str(caught.value).startswith(f"fit: resume: {tmp_path}")
+    np.testing.assert_array_equal(options["model"].parameters, before)
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    model = bp.MLP([4, 3], device="reference")
+    model.save(tmp_path / "m.safetensors")
+    train(tmp_path / "run", "plain", epochs=1)
+    for more, kind, message in [
+        ({"checkpoint": tmp_path / "run"}, bp.OptionError, "resume=True goes on from there, or"),
+        ({"resume": True}, bp.OptionError, "expected checkpoint=… with resume=True"),
+        ({"resume": 1}, bp.KindError, "resume: expected True, False or a path, got 1"),
+        ({"checkpoint": 1}, bp.KindError, "checkpoint: expected a folder or a Checkpoint, got int"),
+        ({"resume": tmp_path / "absent"}, FileNotFoundError, "absent"),
+        ({"resume": tmp_path}, bp.DataError, "expected checkpoints in this folder, got none"),
+        ({"resume": tmp_path / "m.safetensors"}, bp.CheckpointFormatError, "a model alone is read"),
+    ]:
+        with pytest.raises(kind, match=message):
+            bp.fit(model, X, ids, "cross_entropy", progress=False, **more)  # type: ignore[arg-type]
+    for options, message in [
+        ({"epochs": 0}, "Checkpoint: epochs"),
+        ({"steps": 1.5}, "Checkpoint: steps"),
+        ({"seconds": -1}, "Checkpoint: seconds: expected a number ≥ 0, got -1"),
+        ({"keep": 1}, "Checkpoint: keep"),
+    ]:
+        with pytest.raises((bp.OptionError, bp.KindError), match=message):
+            bp.Checkpoint(tmp_path, **options)  # type: ignore[arg-type]
+
+
+def test_a_state_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    """Files of another version, or made by hand: whole, and not what is expected."""
+    from backprop.checkpoint import read_tensors, write_tensors
+    from backprop.generations import STATE
+
+    train(tmp_path, "plain", epochs=1)
+    path = Generations(tmp_path).files()[0]
+    tensors, metadata = read_tensors(path)
+    moments = next(name for name in tensors if "moments" in name)
+    for changed, text in [
+        ({moments: np.zeros(3)}, metadata[STATE]),
+        ({"layers.0.weight": np.zeros((1, 1))}, metadata[STATE]),
+        ({}, metadata[STATE].replace('"position"', '"place"')),
+        ({}, metadata[STATE].replace('"steps"', '"step"')),
+        ({}, metadata[STATE].replace('"done": 0', '"done": "0"')),
+        ({}, metadata[STATE].replace('"lr": 0.01', '"lr": -1')),
+        ({}, "[]"),
+        ({}, "{}"),
+    ]:
+        write_tensors(path, {**tensors, **changed}, {**metadata, STATE: text})
+        with pytest.raises((bp.CheckpointFormatError, bp.CheckpointMismatchError)):
+            train(None, "plain", resume=path)
+
+
+def test_saved_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, saves in [
+        ({}, 3),  # every epoch
+        ({"epochs": 2}, 2),  # the second, and the end
+        ({"steps": 2}, 4 + 1),  # of 9 steps, and the end
+        ({"seconds": 0}, 9 + 1),
+        ({"seconds": 1e9}, 1),
+    ]:
+        folder = tmp_path / str(options)
+        train(None, "plain", checkpoint=bp.Checkpoint(folder, **options))  # type: ignore[arg-type]
+        assert Generations(folder).files()[0].name == f"checkpoint-{saves:06d}.safetensors"
+
+
+def test_on_a_device_of_its_own_memory(tmp_path: Path) -> None:
+    """In the CUDA emulator: moments and averages travel there and back."""
+    from tests.cuda_host import build
+    from tests.cuda_host.backend import installed
+
+    if reason := build.problem():
+        pytest.skip(f"the CUDA emulator {reason}")
+
+    def fit(killer: Callback | None, **more: Any) -> dict[str, np.ndarray]:
+        model = bp.MLP([4, 6, 3], dropout=0.2, device="cuda")
+        callbacks = [killer] if killer else []
+        bp.fit(
+            model, X, ids, "cross_entropy", "Adam", 2, 8, ema=0.9, callbacks=callbacks,
+            progress=False, **more,
+        )  # fmt: skip
+        return model.state_dict()
+
+    with installed():
+        expected = fit(None)
+        with pytest.raises(Died):
+            fit(Dies(9, raise_died), checkpoint=bp.Checkpoint(tmp_path, steps=1))
+        found = fit(None, checkpoint=tmp_path, resume=True)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
