@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -104,6 +103,8 @@ def plot(
 
 
 def _csv_rows(text: str) -> list[dict[str, Any]]:
+    import csv
+
     rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines(), strict=True))
     return rows
 

@@ -6,7 +6,6 @@ writes all epochs so far: a run that was resumed leaves the same log as one that
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import struct
@@ -59,6 +58,8 @@ class CSVLog(Log):
         self._append([row.get(name, "") for name in self._names])
 
     def _append(self, cells: Sequence[object]) -> None:
+        import csv
+
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow(cells)
 

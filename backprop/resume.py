@@ -7,9 +7,7 @@ from seed, epoch and batch, so a resumed fit makes the same steps, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -30,11 +28,8 @@ from backprop_kernels.errors import (
 
 from backprop.batches import Batches, Rows
 from backprop.callbacks import Callback, Training
-from backprop.generations import PREFIX, STATE, Generations, model_part, read_checkpoint
-from backprop.interrupts import Interrupts
 from backprop.memory import Memory
 from backprop.optimizers import Optimizer
-from backprop.plain import decode, encode
 
 POSITION = ("epoch", "batch", "done", "total", "validating", "stop")  # of a `Training`
 SAMPLE_ROWS = 16  # at both ends of the data: enough to notice other rows, or another order
@@ -98,6 +93,8 @@ class Run:
         checkpoint: Checkpoint | None,
         settings: Mapping[str, Any],
     ) -> None:
+        from backprop.interrupts import Interrupts
+
         self.training, self.source = training, source
         # Those that have something to remember; others may come and go.
         self.callbacks = [c for c in callbacks if type(c).state_dict is not Callback.state_dict]
@@ -155,6 +152,8 @@ class Run:
 
     def terminate(self) -> None:
         """End the process where SIGTERM asked for that, now that everything is saved."""
+        import signal
+
         if self.interrupts.received == signal.SIGTERM:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -214,6 +213,9 @@ class Run:
         """Write a checkpoint, where one is wanted."""
         if self.checkpoint is None:
             return
+        from backprop.generations import PREFIX, STATE, Generations
+        from backprop.plain import encode
+
         t = self.training
         tensors, text = encode(
             {
@@ -233,6 +235,8 @@ class Run:
 
     def resume(self, resume: Any) -> None:
         """Go on from a checkpoint: True is the newest of the own folder, if there is one."""
+        from backprop.generations import Generations, read_checkpoint
+
         own = Generations(self.checkpoint.folder) if self.checkpoint is not None else None
         if resume is False:
             if own is not None and own.files():
@@ -257,6 +261,9 @@ class Run:
         self._restore(path, tensors, metadata)
 
     def _restore(self, path: Path, tensors: dict[str, Array], metadata: Mapping[str, str]) -> None:
+        from backprop.generations import STATE, model_part
+        from backprop.plain import decode
+
         where = f"fit: resume: {path}"
         if STATE not in metadata:
             raise CheckpointFormatError(
@@ -305,6 +312,8 @@ class Run:
 
 def sample_of(columns: Sequence[Array | Rows], memory: Memory) -> str:
     """A digest of the first and the last rows of every column."""
+    import hashlib
+
     sha = hashlib.sha256()
     for column in columns:
         rows = len(column)

@@ -16,7 +16,6 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import KindError, OptionError
 
-from backprop.durable_file import replace_file
 from backprop.extras import need
 from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear, RMSNorm
 from backprop.model import Sequential
@@ -59,6 +58,8 @@ def to_onnx(model: Sequential, path: str | PathLike[str], *, probabilities: bool
     """
     if not isinstance(model, Sequential):
         raise KindError(f"to_onnx: model: expected a model, got {type(model).__name__}")
+    from backprop.durable_file import replace_file
+
     onnx = need("onnx", "onnx", "to_onnx")
     if model.parameters.nbytes > MAX_BYTES:
         raise OptionError(

@@ -17,7 +17,6 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import CheckpointFormatError, KindError
 
-from backprop.checkpoint import read_tensors, write_tensors
 from backprop.exchange.chain import Link, build
 from backprop.layers import BatchNorm, Dropout, Layer, LayerNorm, Linear, RMSNorm
 from backprop.losses import as_numbers
@@ -40,6 +39,8 @@ def to_torch(model: Sequential, path: str | PathLike[str]) -> str:
     file also carries it, as the metadata entry "torch". Raises CheckpointWriteError if the file
     cannot be written.
     """
+    from backprop.checkpoint import write_tensors
+
     if not isinstance(model, Sequential):
         raise KindError(f"to_torch: model: expected a model, got {type(model).__name__}")
     tensors: dict[str, Array] = {}
@@ -95,6 +96,8 @@ def from_torch(
     """
     checks.choice("from_torch", "activation", activation, ACTIVATIONS)
     checks.choice("from_torch", "output_activation", output_activation, ACTIVATIONS)
+    from backprop.checkpoint import read_tensors
+
     where = "from_torch"
     if not isinstance(source, Mapping):
         where = f"from_torch: {fspath(source)}"
