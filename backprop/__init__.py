@@ -34,6 +34,7 @@ from backprop.evaluation import evaluate
 from backprop.exchange import from_onnx, from_torch, to_onnx, to_torch
 from backprop.fit import fit
 from backprop.gradcheck import GradientError, GradientReport, gradcheck
+from backprop.health import Health
 from backprop.history import History
 from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear, RMSNorm
 from backprop.logs import CSVLog, JSONLog, TensorBoard
@@ -71,6 +72,7 @@ __all__ = [
     "EarlyStopping",
     "GradientError",
     "GradientReport",
+    "Health",
     "History",
     "JSONLog",
     "KernelCompileError",

@@ -20,6 +20,7 @@ from backprop_kernels.errors import (
     ShapeError,
 )
 
+from backprop import transfer
 from backprop.arena import Layout
 from backprop.batches import Rows, is_streamed, parts
 from backprop.dispatch import for_device, memory_of
@@ -197,6 +198,37 @@ class Sequential:
                 return np.asarray(sigmoid(m, Z), self.dtype)
         E = np.exp(Z - Z.max(axis=1, keepdims=True))
         return np.asarray(E / E.sum(axis=1, keepdims=True))
+
+    def freeze(self, *names: str, depth: int | None = None) -> None:
+        """Leave parameters alone from the next fit on: by name, by depth, or all.
+
+        A name is that of a tensor ("layers.0.bias"), of a layer ("layers.0") or a pattern
+        ("*.bias"); `depth=2` means the first two Linear layers and what lies between and behind
+        them, up to the third. Below the lowest layer that is trained nothing is computed
+        backward, and batch norms predict.
+        """
+        self.frozen |= transfer.tensors_of(self, names, depth, "freeze")
+
+    def unfreeze(self, *names: str, depth: int | None = None) -> None:
+        """Train parameters again: by name, by depth, or all."""
+        self.frozen -= transfer.tensors_of(self, names, depth, "unfreeze")
+
+    def with_head(
+        self, out_features: int, activation: str | None = None, init: str | None = None,
+        seed: int = 0,
+    ) -> Sequential:  # fmt: skip
+        """A copy with a new last Linear layer, freshly initialised; the rest is kept.
+
+        `activation` and `init` are those of the old one unless given; "zeros" starts undecided.
+        """
+        return transfer.with_head(self, out_features, activation, init, seed)
+
+    def warm_start(self, source: Any) -> transfer.Match:
+        """Take what fits by name and shape from `source`: a model, a file or a state_dict.
+
+        The report says what matched and what did not; print it.
+        """
+        return transfer.warm_start(self, source)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of all parameters and running statistics, in PyTorch's layout and order."""

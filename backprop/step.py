@@ -134,6 +134,7 @@ class TrainStep:
             self.gradients.frozen, model.memory,
         )  # fmt: skip
         self.steps = 0
+        self.rows = 0  # of the last batch
         self.pending = 0  # batches accumulated towards the next step
         self.loss = nan  # of the last batch
         self.running = False  # whether a signal's exception would be answered as `run` says
@@ -154,6 +155,7 @@ class TrainStep:
     def run(self, *arrays: Array) -> float:
         """Train on arrays that `Gradients.inputs` has checked: X, target[, weight]."""
         program = self.prepare(*arrays)
+        self.rows = len(arrays[0])
         if not self.pending:
             self._begin()
         self.gradients.set_step(self.steps * self.accumulate + self.pending)

@@ -131,6 +131,15 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def sum(self, *arguments: Any, **options: Any) -> ndarray:
         return asarray(self._host.sum(*arguments, **options))
 
+    def mean(self, *arguments: Any, **options: Any) -> ndarray:
+        return asarray(self._host.mean(*arguments, **options))
+
+    def max(self, *arguments: Any, **options: Any) -> ndarray:
+        return asarray(self._host.max(*arguments, **options))
+
+    def dot(self, other: ndarray) -> ndarray:
+        return asarray(self._host.dot(other._host))
+
     def any(self) -> ndarray:
         return asarray(self._host.any())
 
