@@ -15,6 +15,18 @@ from tests.cuda_host.backend import installed, on_gpu
 from tests.gpu import GPU
 
 BACKENDS = ("reference", "cpu", "cuda", *GPU)  # "cuda" in the emulator: tests/cuda_host
+# What g++ compiles for every operator, the rest is `long`: one that saves nothing, one that saves Y,
+# two that save Z. test_cuda_code.py has every formula of every table.
+EMULATED = ("identity", "relu", "gelu", "sin")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as long what would compile one more variant of a kernel for one more activation."""
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if given.get("backend") == "cuda" and given.get("activation", "relu") not in EMULATED:
+            item.add_marker(pytest.mark.long)
 
 
 def _expect_emulator() -> None:
