@@ -15,8 +15,8 @@ from tests.cuda_host.backend import installed, on_gpu
 from tests.gpu import GPU
 
 BACKENDS = ("reference", "cpu", "cuda", *GPU)  # "cuda" in the emulator: tests/cuda_host
-# What g++ compiles for every operator, the rest is `long`: one that saves nothing, one that saves Y,
-# two that save Z. test_cuda_code.py has every formula of every table.
+# What g++ compiles for every operator, the rest is `long`: one that saves nothing, one Y, two Z.
+# test_cuda_code.py has every formula of every table.
 EMULATED = ("identity", "relu", "gelu", "sin")
 
 
