@@ -57,19 +57,21 @@ def multiply(
     N = B.shape[1]
     entry, args = epilogue or (0, None)
     shape = host_shape()
-    width, height = shape.columns(str(C.dtype)), shape.rows
+    lanes, width, height = shape.lanes(str(C.dtype)), shape.columns(str(C.dtype)), shape.rows
+    most_threads = max(get_num_threads(), available_cpus())
 
     packs_B, pass_K = B.strides[1] != size or B.strides[0] > DIRECT, BLOCK_K
     if packs_B and B.strides[1] == size and M <= FEW_ROWS:
         packs_B, pass_K = False, FEW_ROWS_K
-    parts, across, unit, tall = _divide(M, N, packs_B, finish != 0, width, height)
-    packs_A = max(A.strides) > DIRECT and N // across >= REUSED
     splits = 2 if epilogue is None and K >= SPLIT_K and M * N <= SPLIT_SIZE else 1
+    unit = LEAF_ROWS if finish else height  # of rows: column sums are taken leaf by leaf
+    parts, across, tall = _divide(M, N, -(-get_num_threads() // splits), packs_B, unit, width)
+    packs_A = max(A.strides) > DIRECT and N // across >= REUSED
 
     # What each thread packs: a block of A for one pass, then its group's columns of B.
     A_size = packs_A * (tall + height) * min(K, pass_K) * size
-    B_size = (-(-N // (across * width)) + 1 if packs_B else 1) * K * width * size
-    most_threads = max(get_num_threads(), available_cpus())
+    columns = -(-N // (across * lanes)) * lanes
+    B_size = (-(-columns // width) if packs_B else 1) * K * width * size
     buffers = scratch((most_threads, A_size + B_size), np.uint8)
     partial = scratch((splits - 1, M, N), C.dtype)
     tickets = np.zeros(splits * parts * across, np.int64)
@@ -86,15 +88,13 @@ def multiply(
 
 
 def _divide(
-    M: int, N: int, packs_B: bool, leaves: bool, width: int, height: int
-) -> tuple[int, int, int, int]:
-    """How C is cut: parts of its rows, parts across, rows of the unit of a part, rows of a block.
+    M: int, N: int, threads: int, packs_B: bool, unit: int, width: int
+) -> tuple[int, int, int]:
+    """How C is cut: parts of its rows, parts across, rows of a block.
 
-    `leaves`: column sums are taken, so rows come in leaves of LEAF_ROWS. Threads share A or B: by
-    columns each packs its own part of B and reads all of A, by rows the reverse.
+    Threads share A or B: by columns each packs its own part of B and reads all of A, by rows the
+    reverse.
     """
-    threads = get_num_threads()
-    unit = LEAF_ROWS if leaves else height
     units, panels = max(1, -(-M // unit)), max(1, -(-N // width))
     across = -(-N // GROUP_COLUMNS)
     by_rows = M >= 4 * N if packs_B else M > N
@@ -106,7 +106,7 @@ def _divide(
     blocks = -(-share // BLOCK_ROWS)
     if not packs_B:  # a thread that helps packs nothing twice: cut finer
         blocks = max(blocks, -(-4 * threads // (parts * across)))
-    return parts, across, unit, -(-share // (blocks * unit)) * unit
+    return parts, across, -(-share // (blocks * unit)) * unit
 
 
 def _kernel(dtype: str) -> Callable[..., None]:
@@ -123,7 +123,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
     from backprop_kernels.cpu.vector_loop import vector_loop
 
     shape = host_shape()
-    width, height = shape.columns(dtype), shape.rows
+    lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
     size = getattr(types, dtype).bitwidth // 8
     add = vector_loop(lambda x, y: (x + y,), dtype, 2)
     tile_along, tile_across = _any_tile(dtype, True), _any_tile(dtype, False)
@@ -141,15 +141,15 @@ def _kernel(dtype: str) -> Callable[..., None]:
         panel_size = K * width * size
         parts, across, splits = args[PARTS], args[ACROSS], args[SPLITS]
         unit, tall, tickets = args[UNIT], args[TALL], int64s(args[TICKETS])
-        units, wide = (M + unit - 1) // unit, (N + width - 1) // width
+        units, slices = (M + unit - 1) // unit, (N + lanes - 1) // lanes
         groups = splits * parts * across
         packed = -1
         for turn in range(groups):
             group = (thread * groups // threads + turn) % groups
             j, part, split = group % across, group // across % parts, group // across // parts
             top, bottom = part * units // parts * unit, min((part + 1) * units // parts * unit, M)
-            left = j * wide // across * width
-            columns = min((j + 1) * wide // across * width, N) - left
+            left = j * slices // across * lanes
+            columns = min((j + 1) * slices // across * lanes, N) - left
             low, high = split * K // splits, (split + 1) * K // splits
             C = args[C_] if split == 0 else args[PARTIAL] + (split - 1) * M * N * size
             blocks = (bottom - top + tall - 1) // tall
@@ -239,27 +239,27 @@ def _pack_rows(dtype: str, width: int) -> Any:
     from numba import types
 
     from backprop_kernels.cpu.memory import pointer
+    from backprop_kernels.cpu.vector_loop import vector_loop
 
     floats = pointer(getattr(types, dtype))
     zero = getattr(types, dtype)(0)
     size = getattr(types, dtype).bitwidth // 8
+    copy = vector_loop(lambda x: (x,), dtype, 1)
 
     @numba.njit(error_model="numpy", _nrt=False)
     def pack(matrix, stride, K, columns, panels):
-        source = floats(matrix)
         # A few rows at a time, panel by panel: both sides are then read and written in streams.
         for low in range(0, K, 16):
-            high = min(low + 16, K)
             for j in range(0, columns, width):
-                target = floats(panels + (j * K + low * width) * size)
-                for k in range(high - low):
-                    start = (low + k) * stride + j
+                for k in range(low, min(low + 16, K)):
+                    source = matrix + (k * stride + j) * size
+                    target = panels + (j * K + k * width) * size
                     if j + width <= columns:
-                        for i in range(width):
-                            target[k * width + i] = source[start + i]
+                        copy((source, target), (), width)
                     else:
-                        for i in range(width):
-                            target[k * width + i] = source[start + i] if j + i < columns else zero
+                        copy((source, target), (), columns - j)
+                        for i in range(columns - j, width):
+                            floats(target)[i] = zero
 
     return pack
 
