@@ -27,8 +27,9 @@ from backprop_kernels.cpu import threads
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.errors import KindError
 
-# A second thread costs ~2 us to join in; below this much work it does not pay.
-FLOPS_PER_THREAD = 1_500_000
+# A second thread costs each kernel one or two microseconds: below this much work a kernel, in the
+# mean, it does not pay.
+FLOPS_PER_THREAD = 1_000_000
 LONG = 5e9  # flops: 20 ms of a fast CPU, a second of a very slow one
 PATIENCE = 0.2  # seconds: what ran in less is not long; another thread costs ~0.2 ms
 # Of a program's table: kernels to run, whether to stop, where to note nanoseconds, the kernels.
@@ -89,10 +90,11 @@ class Program:
         for entry, arguments, tickets in self._entries:
             words += [entry, word(arguments), word(tickets), len(tickets)]
         self._table = np.array(words, np.int64)
+        kernels = max(len(self._entries), 1)
         self._call = (
             address(_runner, 4),
             word(self._table),
-            min(1 + self._flops // FLOPS_PER_THREAD, self._most_threads),
+            min(1 + self._flops // (FLOPS_PER_THREAD * kernels), self._most_threads),
         )
         self._bound = [word(array) for array in self.inputs]
         self._places = [
