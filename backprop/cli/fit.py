@@ -16,6 +16,8 @@ from backprop_kernels.optimizers import OPTIMIZERS
 
 from backprop.cli import tables
 from backprop.cli.options import ROWS, add_network, add_refused, names, option, widths
+from backprop.evaluation import METRICS
+from backprop.schedules import NAMES as SCHEDULE_NAMES
 from backprop.table.encoding import TASKS
 
 NOT_IN_A_FILE = ("help", "config")
@@ -59,6 +61,24 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
         "--batch-size", type=int, metavar="N", help="default: 1 %% of the rows, from 16 to 1024"
     )
     training.add_argument("--clip-norm", type=float, metavar="F", help="longest gradient")
+    option(training, "--accumulate", 1, "batches whose gradients make a step", type=int,
+           metavar="N")  # fmt: skip
+    training.add_argument("--schedule", choices=SCHEDULE_NAMES, metavar="NAME",
+                          help=f"of lr: {', '.join(SCHEDULE_NAMES)}")  # fmt: skip
+    option(training, "--warmup", 0.0, "epochs over which lr rises from 0", type=float,
+           metavar="F")  # fmt: skip
+    training.add_argument("--patience", type=int, metavar="N",
+                          help="stop after so many epochs without a better val_loss")  # fmt: skip
+    training.add_argument("--metrics", type=names, default=[], metavar="NAME,…",
+                          help=f"beside the losses: {', '.join(METRICS)}")  # fmt: skip
+    training.add_argument("--class-weight", choices=("balanced",), metavar="balanced",
+                          help="classes count alike, however rare")  # fmt: skip
+    training.add_argument("--ema", type=float, metavar="F", help="decay of averaged parameters")
+    option(training, "--input-noise", 0.0, "its standard deviation", type=float, metavar="F")
+
+    survival = fit.add_argument_group("stopping and going on")
+    survival.add_argument("--checkpoint", metavar="DIR", help="save the fit there, every epoch")
+    survival.add_argument("--resume", action="store_true", help="go on from there, if it began")
 
     files = fit.add_argument_group("files to write")
     option(files, "-o/--output", "model.safetensors", "the model", metavar="FILE")

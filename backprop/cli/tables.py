@@ -24,6 +24,7 @@ from backprop.logs import CSVLog, JSONLog, Log, TensorBoard
 from backprop.metrics import accuracy, auc, log_loss, mae, r2, rmse
 from backprop.model import MLP, Sequential, load
 from backprop.optimizers import Optimizer, resolve_optimizer
+from backprop.schedules import Plateau, Schedule
 from backprop.table import Encoder, Table, read_table
 
 # What a network can be trained with, by task; the first is the default. Other losses want targets
@@ -66,17 +67,23 @@ def fit(options: Namespace) -> None:
     held_out = None if valid is None else (encoder.transform(valid), encoder.encode_target(valid))
     history = train_model(
         model, encoder.transform(train), encoder.encode_target(train), loss, optimizer,
-        options.epochs, batch_size, eval_set=held_out, clip_norm=options.clip_norm,
-        callbacks=logs, progress=False if options.quiet else "lines", seed=options.seed,
+        options.epochs, batch_size, eval_set=held_out, metrics=options.metrics,
+        class_weight=options.class_weight, schedule=_schedule(options),
+        early_stopping=options.patience, clip_norm=options.clip_norm,
+        accumulate=options.accumulate, input_noise=options.input_noise, ema=options.ema,
+        callbacks=logs, checkpoint=options.checkpoint, resume=options.resume,
+        progress=False if options.quiet else "lines", seed=options.seed,
     )  # fmt: skip
     model.save(output)
     history.save(history_file)
-    if plot_file is not None:
+    if plot_file is not None and history.epochs:
         history.plot(plot_file, title=f"{encoder.target.name}: {loss}")
     part, name = (train, "training") if valid is None else (valid, "validation")
     say(f"{name}, {len(part):,} rows: {_listed(scores(model, part))}")
     written = [str(file) for file in (output, history_file, plot_file) if file is not None]
     say(f"wrote {', '.join(written)}")
+    if history.interrupted:
+        raise KeyboardInterrupt
 
 
 def predict(options: Namespace) -> None:
@@ -210,6 +217,14 @@ def _files(options: Namespace) -> tuple[Path, Path, Path | None]:
         if file.is_dir():
             raise OptionError(f"fit: {file}: expected a file to write, got a folder")
     return output, history, plot
+
+
+def _schedule(options: Namespace) -> Schedule | Plateau | None:
+    if options.schedule == "plateau":
+        return Plateau(warmup=options.warmup)
+    if options.schedule is None and not options.warmup:
+        return None
+    return Schedule(options.schedule or "constant", warmup=options.warmup)
 
 
 def _logs(options: Namespace) -> list[Log]:

@@ -71,7 +71,7 @@ def test_every_option_may_stand_in_a_file(config: Path) -> None:
     lines = [
         f'{name.replace("_", "-")} = "{"none" if name == "hidden" else value}"'
         for name, value in plain.items()
-        if name not in ("config", "run", "quiet", "drop") and value is not None
+        if name not in ("config", "run", "quiet", "resume", "drop", "metrics") and value is not None
     ]
     config.write_text("\n".join([*lines, "quiet = false"]))
     assert {**vars(parser(arguments).parse_args(arguments)), "hidden": [128, 64]} == plain
@@ -126,7 +126,9 @@ def test_help_fits_a_screen(
         main(["fit", "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 100
-    groups = ["columns and rows:", "network:", "training:", "files to write:"]
+    groups = [
+        "columns and rows:", "network:", "training:", "stopping and going on:", "files to write:",
+    ]  # fmt: skip
     assert [line for line in lines if line in groups] == groups
 
 
