@@ -108,10 +108,12 @@ class Run:
         """What a checkpoint and the fit that goes on from it must agree on, as text."""
         model, source = self.training.model, self.source
         optimizer = self.training.step.optimizer
-        options = {k: v for k, v in optimizer.options.items() if k != "lr"}  # may have been changed
+        options = {**optimizer.options, **optimizer.common}
+        del options["lr"]  # which may have been changed
         everything = {
             "layers": model.layers, "dtype": str(model.dtype), "frozen": sorted(model.frozen),
-            "optimizer": (optimizer.rule, options, optimizer.common),
+            "optimizer": optimizer.rule,
+            **{f"optimizer.{name}": value for name, value in options.items()},
             **self._given,
             "seed": source.seed, "shuffle": source.shuffle, "batch_size": source.size,
             "rows": source.rows, "data": sample_of(source.columns, model.memory),
@@ -273,10 +275,11 @@ class Run:
         state = decode(metadata[STATE], tensors, where)
         t = self.training
         try:
+            there, here = state["settings"], self.settings
             differences = [
-                f"{name}: {state['settings'].get(name)} there, {value} here"
-                for name, value in self.settings.items()
-                if state["settings"].get(name) != value
+                f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here"
+                for name in dict.fromkeys([*there, *here])
+                if there.get(name) != here.get(name)
             ]
             if differences:
                 raise CheckpointMismatchError(
