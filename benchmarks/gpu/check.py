@@ -52,6 +52,7 @@ def checks(cupy: Any, sizes: tuple[int, int, int], few: bool) -> Iterator[Check]
         yield f"whole products {dtype}", lambda d=dtype: products(cupy, sizes, d)
         for act in some:
             yield f"layer {act} {dtype}", lambda d=dtype, a=act: layer(cupy, sizes, d, a)
+        yield f"functions {dtype}", lambda d=dtype: functions(cupy, d)
         for norm in ("batch_norm", "layer_norm"):
             yield f"{norm} {dtype}", lambda d=dtype, n=norm: normalised(cupy, sizes, d, n)
         for loss in LOSSES:
@@ -131,6 +132,25 @@ def layer(cupy: Any, sizes: tuple[int, int, int], dtype: Any, activation: str) -
     W /= dtype.type(i**0.5)
     forward = both(cupy, "linear_forward", [X, W, b, activation])
     return max(forward, both(cupy, "linear_dgrad", [dZ, W, np.abs(saved) / 4, activation]))
+
+
+def functions(cupy: Any, dtype: Any) -> float:
+    """exp, tanh, expm1 (by elu) and our own sine: within 2 ulp, as cuda/code.py states."""
+    from backprop_kernels import cuda
+
+    x = np.random.default_rng(0).uniform(-9, 9, (100_000 if cupy.__name__ == "cupy" else 1000, 1))
+    X, W = x.astype(dtype), np.ones((1, 1), dtype)
+    wide = X.astype(np.longdouble)
+    true = {
+        "exp": np.exp(wide), "tanh": np.tanh(wide), "sin": np.sin(wide),
+        "elu": np.where(wide > 0, wide, np.expm1(wide)),
+    }  # fmt: skip
+    worst = 0.0
+    for name, exact in true.items():
+        got = cuda.linear_forward(cupy.asarray(X), cupy.asarray(W), None, name)[0].get()
+        ulp = np.spacing(np.abs(exact).astype(dtype)).astype(np.longdouble)
+        worst = max(worst, float((np.abs(got - exact) / ulp).max()))
+    return worst / 2
 
 
 def normalised(cupy: Any, sizes: tuple[int, int, int], dtype: Any, name: str) -> float:

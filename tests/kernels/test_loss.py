@@ -177,6 +177,13 @@ def test_label_errors_name_value_row_and_count(backend: ModuleType, dtype: np.dt
         assert str(error.value) == expected
 
 
+def test_huge_unsigned_id_is_no_ignored_one(backend: ModuleType, dtype: np.dtype) -> None:
+    """2⁶⁴ − 100 has the bits of −100."""
+    ids = np.array([0, 2**64 - 100], np.uint64)
+    with pytest.raises(LabelError, match=rf"got {2**64 - 100} at row 1 \(1 such row"):
+        backend.loss(np.zeros((2, 3), dtype), ids, "cross_entropy")
+
+
 @pytest.mark.parametrize("ids", ["int64", "int32", "int16", "uint8"])
 def test_any_integer_dtype_of_class_ids(backend: ModuleType, dtype: np.dtype, ids: str) -> None:
     Z, target = drawn("cross_entropy", 17, 5, dtype)

@@ -9,6 +9,12 @@
 #include "variant.cuh"
 #include "reduce.cuh"
 
+// A label as a signed number; an unsigned one that has none becomes the largest, which is no class.
+DEVICE long long signed_label(label_t label) {
+    const long long number = (long long)(label);
+    return label_t(-1) > label_t(0) && number < 0 ? 0x7fffffffffffffffll : number;
+}
+
 DEVICE bool is_class(long long label, long long classes) { return label >= 0 && label < classes; }
 
 // What row i weighs in the sum of losses; an ignored one nothing.
@@ -16,7 +22,7 @@ DEVICE double row_weight(const real* weights, const label_t* labels, long long i
                          long long classes, long long i) {
     const double weight = weights ? double(weights[i]) : 1.0;
     if (!labels) return weight;
-    const long long label = (long long)(labels[i]);
+    const long long label = signed_label(labels[i]);
     if (label == ignored) return 0.0;
     return is_class(label, classes) ? weight : double(nan(""));
 }
@@ -31,7 +37,10 @@ loss_weights(const real* weights, const label_t* labels, long long ignored, long
         double weight = row_weight(weights, labels, ignored, classes, i);
         // Class weights of ids count as sample weights: the mean divides by them too.
         if (labels && class_weight && weight > 0) weight *= double(class_weight[labels[i]]);
-        if (labels && (long long)(labels[i]) != ignored && !is_class(labels[i], classes)) ++bad;
+        if (labels) {
+            const long long label = signed_label(labels[i]);
+            bad += label != ignored && !is_class(label, classes);
+        }
         total += weight;
     }
     total = block_sum(total);
