@@ -41,7 +41,7 @@ def dgrad(
 def check_integers(backend: ModuleType, dtype: np.dtype, sizes: tuple[int, ...], low: int) -> None:
     rng = np.random.default_rng(0)
     names = list(EXACT)
-    for number, (batch, in_features, out_features) in enumerate(shapes(sizes)):
+    for number, (batch, in_features, out_features) in enumerate(shapes(sizes, backend)):
         dZ = integers(rng, (batch, out_features), dtype, low)
         W = integers(rng, (out_features, in_features), dtype, low)
         saved = integers(rng, (batch, in_features), dtype, low)

@@ -24,7 +24,7 @@ def wgrad(backend: ModuleType, dZ: Array, X: Array, phase: int = 0) -> Array:
 
 def check_integers(backend: ModuleType, dtype: np.dtype, sizes: tuple[int, ...], low: int) -> None:
     rng = np.random.default_rng(0)
-    for number, (out_features, in_features, batch) in enumerate(shapes(sizes)):
+    for number, (out_features, in_features, batch) in enumerate(shapes(sizes, backend)):
         assert 64 * batch < 2**24
         dZ = integers(rng, (batch, out_features), dtype, low)
         X = integers(rng, (batch, in_features), dtype, low)
