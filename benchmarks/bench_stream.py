@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.threads import available_cpus
-from common import append, interleaved, machine
+from common import append, in_turns, machine
 
 import backprop as bp
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rows", type=int, default=400_000)
-    parser.add_argument("--seconds", type=float, default=15.0, help="per task")
+    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     bp.set_num_threads(options.threads)
     rng = np.random.default_rng(0)
@@ -43,13 +43,12 @@ def main() -> None:
         print(f"{'':<12}" + "".join(f"{name:>16}" for name in sources))
         for task, make in (("fit", fitting), ("predict", predicting), ("evaluate", evaluating)):
             contenders = {name: make(source, y) for name, source in sources.items()}
-            times = interleaved(contenders, options.seconds, rounds=2)
-            base = times["memory"][0]
+            times = in_turns(contenders, options.rounds)
             line = f"{task:<12}"
             passes = EPOCHS * options.rows if task == "fit" else options.rows
-            for name, (middle, _) in times.items():
-                line += f"{passes / middle:>11,.0f} {base / middle:4.2f}"
-                row[f"{task}_{name}_rows_per_s"] = f"{passes / middle:.0f}"
+            for name, seconds in times.items():
+                line += f"{passes / seconds:>11,.0f} {times['memory'] / seconds:4.2f}"
+                row[f"{task}_{name}_rows_per_s"] = f"{passes / seconds:.0f}"
             print(line, flush=True)
     append(RESULTS, {**row, **machine("h5py")})
 

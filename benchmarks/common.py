@@ -119,6 +119,19 @@ def interleaved(
     return {name: (median(t), min(t)) for name, t in times.items()}
 
 
+def in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of contenders that take long: one call each, again and again."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            started = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - started)
+    return {name: median(t) for name, t in times.items()}
+
+
 def machine(*yardsticks: str) -> dict[str, str]:
     """Where and with what this was measured; `yardsticks` are the packages compared with."""
     packages = ("numpy", "numba", *yardsticks)
