@@ -33,21 +33,33 @@ class Profile:
     """The phases of a step in the order they run, and what the step took.
 
     `rest` is what no kernel takes: Python before and after the compiled program, and waking a
-    thread. Peaks are measured here, in flops and bytes a second; a phase whose arrays lie in a
-    cache may move more than memory can.
+    thread. A phase whose arrays lie in a cache may move more bytes than memory can.
     """
 
     phases: list[Phase]
     seconds: float
-    steps: int
-    peak_flops: float
-    peak_bandwidth: float
+    steps: int  # what the times are the mean of
     threads: int
+    dtype: str
 
     @property
     def rest(self) -> float:
         """Seconds of the step outside every kernel."""
         return self.seconds - sum(phase.seconds for phase in self.phases)
+
+    @property
+    def peak_flops(self) -> float:
+        """Flops a second that this machine does at most; measured when first asked for."""
+        from backprop_kernels.cpu import peaks
+
+        return peaks.flops(self.dtype)
+
+    @property
+    def peak_bandwidth(self) -> float:
+        """Bytes a second from and to memory, likewise."""
+        from backprop_kernels.cpu import peaks
+
+        return peaks.bandwidth()
 
     def __str__(self) -> str:
         lines = [
@@ -91,7 +103,7 @@ def profile(
     if not seconds > 0:
         raise OptionError(f"profile: seconds: expected a number > 0, got {seconds!r}")
     inputs = step.gradients.inputs(X, y, sample_weight, "profile", finite=True)
-    from backprop_kernels.cpu import peaks, threads
+    from backprop_kernels.cpu import threads
 
     program, calls = _capture(step, inputs)
     moved = [step.model.parameters, *step.state.values(), *step.model.statistics.values()]
@@ -112,7 +124,7 @@ def profile(
     return Profile(
         [replace(phase, seconds=float(sum(islice(kernels, n)))) for phase, n in calls],
         float(np.mean([total for total, _ in quick])), len(quick),
-        peaks.flops(str(step.model.dtype)), peaks.bandwidth(), threads.get_num_threads(),
+        threads.get_num_threads(), str(step.model.dtype),
     )  # fmt: skip
 
 
