@@ -37,8 +37,10 @@ from backprop.gradcheck import GradientError, GradientReport, gradcheck
 from backprop.health import Health
 from backprop.history import History
 from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear, RMSNorm
+from backprop.lbfgs import minimize
 from backprop.logs import CSVLog, JSONLog, TensorBoard
 from backprop.losses import Loss
+from backprop.lr_finder import LRCurve, find_lr
 from backprop.model import MLP, Sequential, load
 from backprop.monitor import EarlyStopping
 from backprop.optimizers import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
@@ -77,6 +79,7 @@ __all__ = [
     "JSONLog",
     "KernelCompileError",
     "KindError",
+    "LRCurve",
     "LabelError",
     "LayerNorm",
     "Linear",
@@ -99,12 +102,14 @@ __all__ = [
     "Training",
     "datasets",
     "evaluate",
+    "find_lr",
     "fit",
     "from_onnx",
     "from_torch",
     "get_num_threads",
     "gradcheck",
     "load",
+    "minimize",
     "ops",
     "profile",
     "set_num_threads",

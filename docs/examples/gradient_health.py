@@ -34,24 +34,24 @@ def network(activation: str, std: float | None) -> bp.Sequential:
 def experiment(
     activation: str, std: float | None, clip_norm: float | None
 ) -> tuple[str, bp.Health]:
-    """What 200 steps did to the loss, and the health of the gradients."""
+    """What 400 steps did to the loss, and the health of the gradients."""
     X, y = bp.datasets.friedman(1000, seed=0)
     y = (y - y.mean()) / y.std()
     model, health = network(activation, std), bp.Health(every=20)
     try:
         history = bp.fit(
-            model, X, y, "mse", bp.SGD(lr=0.01), 10, 50, clip_norm=clip_norm, callbacks=[health],
+            model, X, y, "mse", bp.SGD(lr=0.01), 20, 50, clip_norm=clip_norm, callbacks=[health],
             progress=False,
         )  # fmt: skip
-        loss = f"loss {history['loss'][-1]:.1f}"
+        loss = "learns" if history["loss"][-1] < 0.95 else "does not learn"  # 1: predicts the mean
     except bp.NonFiniteError:
-        loss = "not finite"
+        loss = "leaves the range of float32"
     return loss, health
 
 
 def main(picture: str = "gradient_health.png") -> None:
     healths = {}
-    print(f"{'network':<24}  first delta / last  after 200 steps")
+    print(f"{'network':<24}  first delta / last  in 400 steps")
     for name, options in NETWORKS.items():
         loss, healths[name] = experiment(*options)
         delta = healths[name].mean("delta")

@@ -17,7 +17,7 @@ HIDDEN = [64, 64, 64]
 
 def pretrained(X: np.ndarray, y: np.ndarray, seed: int) -> bp.Sequential:
     """A network that tells 0 to 7 apart."""
-    model = bp.MLP([64, *HIDDEN, 8], "sigmoid", seed=seed)
+    model = bp.MLP([64, *HIDDEN, 8], "sigmoid", dtype="float64", seed=seed)
     known = y < 8
     bp.fit(
         model, X[known], y[known], "cross_entropy", bp.Adam(lr=3e-3), 20, 64, seed=seed,
@@ -40,7 +40,10 @@ def steps_to_target(model: bp.Sequential, X: np.ndarray, y: np.ndarray, seed: in
 
 def main() -> None:
     X, y = bp.datasets.digits()
-    fresh = [steps_to_target(bp.MLP([64, *HIDDEN, 2], "sigmoid", seed=s), X, y, s) for s in SEEDS]
+    fresh = []
+    for seed in SEEDS:
+        model = bp.MLP([64, *HIDDEN, 2], "sigmoid", dtype="float64", seed=seed)
+        fresh.append(steps_to_target(model, X, y, seed))
     tuned = []
     for seed in SEEDS:
         model = pretrained(X, y, seed).with_head(2, init="zeros", seed=seed)
