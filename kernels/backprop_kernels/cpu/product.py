@@ -12,6 +12,7 @@ same way whoever computes it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
         packs_A, packs_B = args[PACKS_A] != 0, args[PACKS_B] != 0
         A_panels = args[BUFFERS] + thread * args[BUFFER_SIZE]
         B_panels = A_panels + args[A_SIZE]
+        along, a_step = a_k == 1 and not packs_A, height if packs_A else a_k
         panel_size = K * width * size
         parts, across, splits = args[PARTS], args[ACROSS], args[SPLITS]
         unit, tall, tickets = args[UNIT], args[TALL], int64s(args[TICKETS])
@@ -200,14 +202,12 @@ def _kernel(dtype: str) -> Callable[..., None]:
                         a, a_rows = block_A + i * a_panel, min(height, rows - i * height)
                         c = C + ((row + i * height) * c_row + left + p * width) * size
                         n_columns = columns - p * width
-                        if packs_A:
-                            tile_across(
-                                a, height, a_rows, b, step, c, c_row, steps, adds, n_columns
-                            )
-                        elif a_k == 1:
+                        if along:
                             tile_along(a, a_row, a_rows, b, step, c, c_row, steps, adds, n_columns)
                         else:
-                            tile_across(a, a_k, a_rows, b, step, c, c_row, steps, adds, n_columns)
+                            tile_across(
+                                a, a_step, a_rows, b, step, c, c_row, steps, adds, n_columns
+                            )
                     k += pass_K
                 if args[EPILOGUE] != 0:
                     for i in range(row, row + rows, LEAF_ROWS):
@@ -322,13 +322,16 @@ def _any_tile(dtype: str, along: bool) -> Any:
     size = shape.vector_bytes // lanes
     three = shape.registers > 2
 
-    def make(rows: int, registers: int) -> Any:
-        return make_tile(dtype, rows, registers, shape, along)
-
+    full = make_tile(dtype, height, shape.registers, shape, along)
+    medium = make_tile(dtype, height, 2, shape, along)
+    # Of the other tiles there are few in a product: not unrolled, they compile in half the time.
+    simple = replace(shape, unroll=1)
+    slim = make_tile(dtype, height, 1, simple, along)
     # Any number of rows below the tile's is a sum of 4, 2 and 1.
-    full, medium, slim = make(height, shape.registers), make(height, 2), make(height, 1)
-    wide4, wide2, wide1 = (make(rows, shape.registers) for rows in (4, 2, 1))
-    slim4, slim2, slim1 = (make(rows, 1) for rows in (4, 2, 1))
+    wide4, wide2, wide1 = (
+        make_tile(dtype, rows, shape.registers, simple, along) for rows in (4, 2, 1)
+    )
+    slim4, slim2, slim1 = (make_tile(dtype, rows, 1, simple, along) for rows in (4, 2, 1))
 
     @numba.njit(error_model="numpy", _nrt=False)
     def tile(A, a_stride, rows, B, b_k, C, c_row, K, adds, columns):
