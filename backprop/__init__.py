@@ -43,6 +43,7 @@ from backprop.losses import Loss
 from backprop.lr_finder import LRCurve, find_lr
 from backprop.model import MLP, Sequential, load
 from backprop.monitor import EarlyStopping
+from backprop.muon import Muon
 from backprop.optimizers import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
 from backprop.profile import Phase, Profile, profile
 from backprop.resume import Checkpoint
@@ -86,6 +87,7 @@ __all__ = [
     "Lion",
     "Loss",
     "MissingExtraError",
+    "Muon",
     "NonFiniteError",
     "Optimizer",
     "OptionError",

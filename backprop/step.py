@@ -25,6 +25,7 @@ from backprop.losses import (
     resolve_loss,
 )
 from backprop.model import Sequential
+from backprop.muon import Muon, MuonUpdate
 from backprop.optimizers import Optimizer, resolve_optimizer
 from backprop.passes import Plan, Workspace
 from backprop.update import Update
@@ -129,10 +130,15 @@ class TrainStep:
         self.model = model
         self.optimizer = resolve_optimizer(optimizer)
         self.gradients = Gradients(model, resolve_loss(loss), batch_size, seed, model.frozen)
-        self.update = Update(
-            self.optimizer, model.layout, model.parameters, self.gradients.flat, clip_norm,
-            self.gradients.frozen, model.memory,
+        given = (
+            model.layout, model.parameters, self.gradients.flat, clip_norm, self.gradients.frozen,
+            model.memory,
         )  # fmt: skip
+        self.update: Update = (
+            MuonUpdate(self.optimizer, *given)
+            if isinstance(self.optimizer, Muon)
+            else Update(self.optimizer, *given)
+        )
         self.steps = 0
         self.rows = 0  # of the last batch
         self.pending = 0  # batches accumulated towards the next step
@@ -236,7 +242,8 @@ class TrainStep:
             mass = self._mass or 1.0  # 0 where every row was ignored: so is the gradient
             np.multiply(self._total, self.model.dtype.type(1 / mass), out=self.gradients.flat)
             self.gradients.value[...] = self._loss / mass
-        self.update.before()
+        if isfinite(self.gradients.value):
+            self.update.before()
         if self._updating is None:
             backend, guard = self.model.backend, self.gradients.value
             self._updating = backend.capture(lambda: self.update.operator(backend, guard))

@@ -51,13 +51,13 @@ def experiment(
 
 def main(picture: str = "gradient_health.png") -> None:
     healths = {}
-    print(f"{'network':<24}  first delta / last  in 400 steps")
+    print(f"{'network':<26}  first delta / last  in 400 steps")
     for name, options in NETWORKS.items():
         loss, healths[name] = experiment(*options)
         delta = healths[name].mean("delta")
         ratio = f"10^{round(np.log10(delta[0] / delta[-1]))}"
         verdict = [text.partition(":")[0] for text in healths[name].verdicts()] or ["healthy"]
-        print(f"{name:<24}  {ratio:>18}  {loss}: {verdict[0]}")
+        print(f"{name:<26}  {ratio:>18}  {loss}: {verdict[0]}")
     draw(healths, picture)
 
 
