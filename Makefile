@@ -17,7 +17,7 @@ test: $(VENV)/dev,demo
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	$(RUN) -m pytest -m "not long" $(ARGS)
+	$(RUN) -m pytest -m "not long" -n logical --dist loadfile $(ARGS)
 
 test-long: $(VENV)/dev,demo,torch
 	$(RUN) -m pytest $(ARGS)

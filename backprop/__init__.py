@@ -8,6 +8,9 @@
 Importing this costs NumPy and nothing else; Numba is loaded by the first step.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from backprop_kernels.errors import (
     BackpropError,
     CheckpointCorruptError,
@@ -26,21 +29,16 @@ from backprop_kernels.errors import (
     ShapeError,
 )
 
-from backprop import datasets, ops
+from backprop import ops
 from backprop.averaging import EMA
 from backprop.callbacks import Callback, Training
 from backprop.device import get_num_threads, set_num_threads
 from backprop.evaluation import evaluate
-from backprop.exchange import from_onnx, from_torch, to_onnx, to_torch
 from backprop.fit import fit
 from backprop.gradcheck import GradientError, GradientReport, gradcheck
-from backprop.health import Health
 from backprop.history import History
 from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear, RMSNorm
-from backprop.lbfgs import minimize
-from backprop.logs import CSVLog, JSONLog, TensorBoard
 from backprop.losses import Loss
-from backprop.lr_finder import LRCurve, find_lr
 from backprop.model import MLP, Sequential, load
 from backprop.monitor import EarlyStopping
 from backprop.muon import Muon
@@ -50,7 +48,45 @@ from backprop.resume import Checkpoint
 from backprop.schedules import Plateau, Schedule
 from backprop.step import TrainStep, value_and_grad
 
+if TYPE_CHECKING:
+    from backprop import datasets
+    from backprop.exchange.from_onnx import from_onnx
+    from backprop.exchange.to_onnx import to_onnx
+    from backprop.exchange.torch_names import from_torch, to_torch
+    from backprop.health import Health
+    from backprop.lbfgs import minimize
+    from backprop.logs import CSVLog, JSONLog, TensorBoard
+    from backprop.lr_finder import LRCurve, find_lr
+
 __version__ = "0.1.0"
+
+# What not every program needs is imported when it is first named: `import backprop` stays quick.
+_LATER = {
+    "datasets": "datasets",
+    "from_onnx": "exchange",
+    "from_torch": "exchange",
+    "to_onnx": "exchange",
+    "to_torch": "exchange",
+    "Health": "health",
+    "minimize": "lbfgs",
+    "CSVLog": "logs",
+    "JSONLog": "logs",
+    "TensorBoard": "logs",
+    "LRCurve": "lr_finder",
+    "find_lr": "lr_finder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'backprop' has no attribute {name!r}")
+    module = import_module(f"backprop.{_LATER[name]}")
+    return module if name == _LATER[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
 
 __all__ = [
     "EMA",

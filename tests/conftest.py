@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,11 @@ BACKENDS = ("reference", "cpu", "cuda", *GPU)  # "cuda" in the emulator: tests/c
 # What g++ compiles for every operator, the rest is `long`: one that saves nothing, one Y, two Z.
 # test_cuda_code.py has every formula of every table.
 EMULATED = ("identity", "relu", "gelu", "sin")
+
+
+def pytest_configure() -> None:
+    """A shell starts what it runs in the background with Ctrl-C ignored; its tests need it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
