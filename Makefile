@@ -17,7 +17,8 @@ test: $(VENV)/dev,demo
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	$(RUN) -m pytest -m "not long" -n logical --dist loadfile $(ARGS)
+	$(RUN) -m pytest -m "not long and not alone" -n logical --dist loadfile $(ARGS)
+	$(RUN) -m pytest -m "alone and not long" $(ARGS)
 
 test-long: $(VENV)/dev,demo,torch
 	$(RUN) -m pytest $(ARGS)

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent.parent
 KERNELS = ROOT / "kernels" / "backprop_kernels"
 PATHS = [ROOT, ROOT / "kernels"]

@@ -19,6 +19,8 @@ import pytest
 import backprop as bp
 from backprop.device import INSTALL
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent.parent
 PATHS = [ROOT, ROOT / "kernels"]
 TRAIN = """

@@ -15,6 +15,8 @@ from backprop_kernels.cpu import program, threads
 
 import backprop as bp
 
+pytestmark = pytest.mark.alone
+
 rng = np.random.default_rng(0)
 
 

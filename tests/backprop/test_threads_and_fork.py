@@ -19,6 +19,8 @@ from backprop_kernels.cpu import threads
 
 import backprop as bp
 
+pytestmark = pytest.mark.alone
+
 rng = np.random.default_rng(0)
 # Wide enough that a step and a prediction are worth several threads of the engine's own.
 X = rng.standard_normal((512, 64)).astype(np.float32)
