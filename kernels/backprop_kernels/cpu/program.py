@@ -33,7 +33,7 @@ FLOPS_PER_THREAD = 1_000_000
 LONG = 5e9  # flops: 20 ms of a fast CPU, a second of a very slow one
 PATIENCE = 0.2  # seconds: what ran in less is not long; another thread costs ~0.2 ms
 # Of a program's table: kernels to run, whether to stop, where to note nanoseconds, the kernels.
-COUNT, STOP, TIMES, ENTRIES = 0, 1, 2, 3
+COUNT, STOP, TIMES, HALT, ENTRIES = 0, 1, 2, 3, 4
 _recording = threading.local()
 
 
@@ -86,7 +86,7 @@ class Program:
 
     def seal(self) -> Program:
         """Fix the list; returns the program."""
-        words = [len(self._entries), 0, 0]
+        words = [len(self._entries), 0, 0, 0]
         for entry, arguments, tickets in self._entries:
             words += [entry, word(arguments), word(tickets), len(tickets)]
         self._table = np.array(words, np.int64)
@@ -130,7 +130,7 @@ class Program:
             threads.run_aside(partial(threads.run, *self._call), self._stop)
             self._brief = time.perf_counter() - started < PATIENCE
         except BaseException:
-            self._table[COUNT], self._table[STOP] = len(self._entries), 0
+            self._table[HALT], self._table[STOP] = 0, 0
             self._set_tickets(0)
             raise
 
@@ -231,7 +231,7 @@ def _runner() -> Callable[..., None]:
             call_kernel(table[row], table[row + 1], sync, thread, threads)
             # One thread decides, before the barrier, so that after it all leave or none does.
             if thread == 0 and atomic_load(table, STOP) != 0:
-                table[COUNT] = i + 1
+                table[HALT] = i + 1  # not COUNT, which a thread may have yet to read
             barrier(sync, threads)
             if thread == 0:
                 tickets = int64s(table[row + 2])
@@ -242,7 +242,7 @@ def _runner() -> Callable[..., None]:
                 int64s(times)[i] = now - started
                 started = now
             # After the last kernel the table may be gone.
-            if i + 1 < count and atomic_load(table, COUNT) == i + 1:
+            if i + 1 < count and atomic_load(table, HALT) == i + 1:
                 barrier(sync, threads)  # all have read it
                 return
 
