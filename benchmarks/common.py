@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
-from backprop_kernels import cpu
+from backprop_kernels import cpu, reference
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu import peaks
 from backprop_kernels.cpu.threads import available_cpus, set_num_threads
@@ -31,6 +33,7 @@ LAYERS = [
     (64, 64, 64), (256, 256, 256), (256, 784, 1024), (1024, 784, 1024), (1024, 1024, 1024),
     (1024, 2048, 2048), (4096, 64, 128), (4096, 128, 1), (1024, 155, 256),
 ]  # fmt: skip
+NORMS = [(256, 256), (1024, 1024), (4096, 128), (4096, 2048)]  # batch, features
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,39 @@ def draw(*shape: int, dtype: str, seed: int = 0) -> Array:
 def captured(operator: Callable[[], object]) -> Callable[[], object]:
     """The operator as a step runs it: compiled, bound to its arrays, without its checks."""
     return cpu.capture(operator)
+
+
+def norm_cases(
+    dtype: str, forward: Callable[..., Any], backward: Callable[..., Any], per_row: bool
+) -> list[Case]:
+    """A norm at every shape: forward(backend, X, gamma, beta, out=…), and backward likewise.
+
+    `per_row`: whether a mean is one row's, or one feature's.
+    """
+    cases = []
+    for batch, features in NORMS:
+        X, dY, saved = (draw(batch, features, dtype=dtype, seed=seed) for seed in range(3))
+        gamma, beta = draw(features, dtype=dtype), draw(features, dtype=dtype, seed=1)
+        mean = np.empty(batch if per_row else features, dtype)
+        rstd = np.ones_like(mean)
+        out = np.empty_like(X), None, mean, rstd
+        gradients = np.empty_like(X), np.empty_like(gamma), np.empty_like(gamma)
+        given = dY, X, gamma, mean, rstd, saved
+        ways = {
+            "forward": (partial(forward, X=X, gamma=gamma, beta=beta), out, (X, gamma, beta)),
+            "backward": (partial(backward, given=given), gradients, given),
+        }
+        for name, (way, written, read) in ways.items():
+            cases.append(
+                Case(
+                    f"{name} {batch} x {features}",
+                    captured(partial(way, cpu, out=written)),
+                    partial(way, reference, out=None),
+                    0,
+                    (*read, *written),
+                )
+            )
+    return cases
 
 
 def measure_operator(
