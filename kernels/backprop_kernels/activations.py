@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from math import pi, sqrt
 from typing import Any
 
+from backprop_kernels.arrays import Array, Dropout
+
 Formula = Callable[[Any, Any], Any]
 
 
@@ -181,3 +183,25 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda m, y: y,
     ),
 }  # fmt: skip
+
+
+def saved_output(
+    Y: Array,
+    kept: Array | None,
+    activation: str,
+    dropout: Dropout | None,
+    empty: Callable[[tuple[int, ...], Any], Array] | None,
+) -> tuple[Array | None, Array | None]:
+    """(what the caller gets as `saved`, what the kernel writes besides Y).
+
+    `kept` is the caller's array for it; without one, `empty(shape, dtype)` makes it, if given.
+    """
+    saves = ACTIVATIONS[activation].saves
+    dropped = dropout is not None and dropout.rate > 0
+    if saves == "" or kept is Y:
+        return (Y if saves else None), None
+    if kept is None and saves == "Y" and not dropped:
+        return Y, None
+    if kept is None and empty is not None:
+        kept = empty(Y.shape, Y.dtype)
+    return kept, kept

@@ -10,7 +10,7 @@ The product has M = batch, N = out_features, K = in_features; W is packed, X is 
 from __future__ import annotations
 
 from backprop_kernels import checks
-from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cpu.epilogue import forward_epilogue
 from backprop_kernels.cpu.product import multiply
@@ -31,21 +31,6 @@ def linear_forward(
     checks.contiguous("linear_forward", X=X, W=W, b=b, out_Y=Y, out_saved=kept)
     if Y is None:
         Y = scratch((len(X), len(W)), X.dtype)
-    saved, kept = saved_output(Y, kept, activation, dropout, out is None)
+    saved, kept = saved_output(Y, kept, activation, dropout, None if out else scratch)
     multiply(X, W.T, Y, forward_epilogue(Y, b, activation, dropout, kept))
     return Y, saved
-
-
-def saved_output(
-    Y: Array, kept: Array | None, activation: str, dropout: Dropout | None, allocate: bool
-) -> tuple[Array | None, Array | None]:
-    """(what the caller gets as `saved`, what the kernel writes besides Y)."""
-    saves = ACTIVATIONS[activation].saves
-    dropped = dropout is not None and dropout.rate > 0
-    if saves == "" or kept is Y:
-        return (Y if saves else None), None
-    if kept is None and saves == "Y" and not dropped:
-        return Y, None
-    if kept is None and allocate:
-        kept = scratch(Y.shape, Y.dtype)
-    return kept, kept

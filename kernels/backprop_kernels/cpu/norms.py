@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.epilogue import backward_epilogue, forward_epilogue
-from backprop_kernels.cpu.linear_forward import saved_output
-from backprop_kernels.cpu.program import Arguments, scratch, submit
+from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 
 FLOPS = 20  # of one element, roughly
 
@@ -27,7 +27,7 @@ def forward(
     Y = scratch(X.shape, X.dtype) if Y is None else Y
     mean = scratch(statistics, X.dtype) if mean is None else mean
     rstd = scratch(statistics, X.dtype) if rstd is None else rstd
-    saved, kept = saved_output(Y, kept, activation, dropout, out is None)
+    saved, kept = saved_output(Y, kept, activation, dropout, None if out else scratch)
     entry, args = forward_epilogue(Y, None, activation, dropout, kept) or (0, None)
     arguments = Arguments(
         (
@@ -35,7 +35,7 @@ def forward(
             entry, args, 0,
         )
     )  # fmt: skip
-    submit(address(make, 4, str(X.dtype)), arguments, FLOPS * X.size)
+    submit(Kernel(address(make, 4, str(X.dtype)), arguments, FLOPS * X.size))
     return Y, saved, mean, rstd
 
 
@@ -59,5 +59,5 @@ def backward(
             partial, entry, args, finish,
         )
     )  # fmt: skip
-    submit(address(make, 4, str(X.dtype)), arguments, FLOPS * X.size)
+    submit(Kernel(address(make, 4, str(X.dtype)), arguments, FLOPS * X.size))
     return dZ_prev, db_prev, dgamma

@@ -6,9 +6,10 @@ The kernels and their contract: batch_norm.cu; sums over the blocks: column_sums
 from __future__ import annotations
 
 from backprop_kernels import checks
+from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.epilogue import column_sums, dropout_arguments, saved_output, variant
+from backprop_kernels.cuda.epilogue import column_sums, dropout_arguments, variant
 from backprop_kernels.cuda.launch import empty, launch, on_device
 from backprop_kernels.cuda.rows import THREADS, division
 
@@ -44,7 +45,7 @@ def batch_norm_forward(
     Y = empty(X.shape, X.dtype) if Y is None else Y
     mean = empty((columns,), X.dtype) if mean is None else mean
     rstd = empty((columns,), X.dtype) if rstd is None else rstd
-    saved, kept = saved_output(Y, kept, activation, dropout, out is None)
+    saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty)
     if not columns:
         return Y, saved, mean, rstd
 

@@ -11,7 +11,7 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda import code
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.launch import empty, launch
+from backprop_kernels.cuda.launch import launch
 
 SAVES = {"": 0, "Y": 1, "Z": 2}  # as epilogue.cuh names them
 SUM_THREADS = 256
@@ -35,21 +35,6 @@ def dropout_arguments(dropout: Dropout | None, dtype: np.dtype[Any]) -> tuple[An
         return None, 0, 0, dtype.type(1)
     scale = dtype.type(1 / (1 - dropout.rate))
     return dropout.stream, dropout.layer, round(dropout.rate * 2**32), scale
-
-
-def saved_output(
-    Y: Array, kept: Array | None, activation: str, dropout: Dropout | None, allocate: bool
-) -> tuple[Array | None, Array | None]:
-    """(what the caller gets as `saved`, what the kernel writes besides Y)."""
-    saves = ACTIVATIONS[activation].saves
-    dropped = dropout is not None and dropout.rate > 0
-    if saves == "" or kept is Y:
-        return (Y if saves else None), None
-    if kept is None and saves == "Y" and not dropped:
-        return Y, None
-    if kept is None and allocate:
-        kept = empty(Y.shape, Y.dtype)
-    return kept, kept
 
 
 def column_sums(partial: Array, sums: Array) -> None:

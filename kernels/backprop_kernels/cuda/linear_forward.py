@@ -6,9 +6,10 @@ The kernel and its contract: linear_forward.cu.
 from __future__ import annotations
 
 from backprop_kernels import checks
+from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.epilogue import dropout_arguments, saved_output, variant
+from backprop_kernels.cuda.epilogue import dropout_arguments, variant
 from backprop_kernels.cuda.launch import empty, launch, on_device
 from backprop_kernels.cuda.tiles import tiling
 
@@ -28,7 +29,7 @@ def linear_forward(
     (batch, in_features), out_features = X.shape, len(W)
     if Y is None:
         Y = empty((batch, out_features), X.dtype)
-    saved, kept = saved_output(Y, kept, activation, dropout, out is None)
+    saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty)
     if Y.size:
         tile, blocks = tiling(X.dtype, batch, out_features)
         launch(
