@@ -12,7 +12,7 @@ from collections.abc import Callable
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.compile import address
-from backprop_kernels.cpu.program import Arguments, scratch, submit
+from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 
 CHUNK = 32  # rows per piece of work
 FLOPS = 40  # of one word, roughly: rows come from anywhere in memory, and a miss costs that
@@ -27,7 +27,7 @@ def gather_rows(X: Array, index: Array, out: Array | None = None) -> Array:
     Y = scratch((len(index), *X.shape[1:]), X.dtype) if out is None else out
     words = (X.nbytes // max(len(X), 1)) // 4  # a row; every dtype here is a multiple of 4 bytes
     arguments = Arguments((0, 0, X, index, Y, len(X), len(index), words))
-    submit(address(_kernel, 4), arguments, FLOPS * len(index) * words)
+    submit(Kernel(address(_kernel, 4), arguments, FLOPS * len(index) * words))
     return Y
 
 

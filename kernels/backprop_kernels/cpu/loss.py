@@ -19,7 +19,7 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.epilogue import BLOCKS, COLUMNS, PARTIAL, SUMS, column_sums
-from backprop_kernels.cpu.program import Arguments, scratch, submit
+from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 from backprop_kernels.losses import LOSSES
 
 LEAF = 64  # rows per partial sum
@@ -75,7 +75,7 @@ def loss(
     )
     variant = ids if name == "cross_entropy" else name
     entry = address(make, 4, str(Z.dtype), activation, variant)
-    submit(entry, arguments, flops=FLOPS * rows * columns)
+    submit(Kernel(entry, arguments, FLOPS * rows * columns))
     return value, dZ, db
 
 

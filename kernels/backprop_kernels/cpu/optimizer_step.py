@@ -17,7 +17,7 @@ import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.compile import address
-from backprop_kernels.cpu.program import Arguments, scratch, submit
+from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 from backprop_kernels.optimizers import OPTIMIZERS, regularised
 
 CHUNK = 8192  # parameters per piece of work: five arrays of it fit in a 256 kB share of L2
@@ -56,8 +56,8 @@ def optimizer_step(
             None if spans is None else np.array(spans, np.int64), len(spans or ()),
         )
     )  # fmt: skip
-    kernel = address(_kernel, 4, str(P.dtype), rule, scalars.shape[-1] - 1, int(spans is not None))
-    submit(kernel, arguments, FLOPS * size, whole=True)
+    entry = address(_kernel, 4, str(P.dtype), rule, scalars.shape[-1] - 1, int(spans is not None))
+    submit(Kernel(entry, arguments, FLOPS * size, whole=True))
     return norm
 
 

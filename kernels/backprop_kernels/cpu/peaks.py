@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from backprop_kernels.cpu.compile import address
-from backprop_kernels.cpu.program import FLOPS_PER_THREAD, Arguments, Program
+from backprop_kernels.cpu.program import FLOPS_PER_THREAD, Arguments, Kernel, Program
 from backprop_kernels.cpu.threads import get_num_threads
 
 CHAINS, LENGTH = 12, 64  # enough independent sums for the latency of an FMA; few enough registers
@@ -51,7 +51,8 @@ def _bandwidth(threads: int) -> float:
 
 def _program(threads: int, entry: int, *arguments: object) -> Program:
     program = Program()
-    program.append(entry, Arguments((0, 0, *arguments)), FLOPS_PER_THREAD * (threads - 1))
+    flops = FLOPS_PER_THREAD * (threads - 1)
+    program.kernels.append(Kernel(entry, Arguments((0, 0, *arguments)), flops))
     return program.seal()
 
 

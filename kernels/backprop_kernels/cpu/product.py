@@ -20,7 +20,7 @@ import numpy as np
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.epilogue import LEAF_ROWS
-from backprop_kernels.cpu.program import Arguments, scratch, submit
+from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 from backprop_kernels.cpu.threads import available_cpus, get_num_threads
 from backprop_kernels.cpu.tile import host_shape
 
@@ -56,7 +56,7 @@ def multiply(
     size = C.itemsize
     M, K = A.shape
     N = B.shape[1]
-    entry, args = epilogue or (0, None)
+    leave, args = epilogue or (0, None)
     shape = host_shape()
     lanes, width, height = shape.lanes(str(C.dtype)), shape.columns(str(C.dtype)), shape.rows
     most_threads = max(get_num_threads(), available_cpus())
@@ -82,10 +82,11 @@ def multiply(
             A, A.strides[0] // size, A.strides[1] // size,
             B, B.strides[0] // size, B.strides[1] // size, C, N,
             packs_A, packs_B, pass_K, buffers, A_size + B_size, A_size,
-            parts, across, unit, tall, splits, partial, tickets, entry, args, finish,
+            parts, across, unit, tall, splits, partial, tickets, leave, args, finish,
         )
     )  # fmt: skip
-    submit(address(_kernel, 4, str(C.dtype)), arguments, 2 * M * N * K, tickets, most_threads)
+    entry = address(_kernel, 4, str(C.dtype))
+    submit(Kernel(entry, arguments, 2 * M * N * K, tickets, most_threads))
 
 
 def _divide(

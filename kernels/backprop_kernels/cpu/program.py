@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,52 +56,53 @@ def word(value: Any) -> int:
     return int(value)
 
 
+class Kernel(NamedTuple):
+    """One kernel of a program: where its code is, with what, and how much work that is.
+
+    `tickets` count the kernel's work as it is taken, from 0 in every run: without them, the first
+    two words of its arguments. `most_threads`: how many it has buffers for. `whole`: once begun it
+    is not stopped, for it changes its inputs in place.
+    """
+
+    entry: int
+    arguments: Arguments
+    flops: int
+    tickets: Array | None = None
+    most_threads: int = sys.maxsize
+    whole: bool = False
+
+    def counters(self) -> Array:
+        return self.arguments.words[:2] if self.tickets is None else self.tickets
+
+
 class Program:
     """A list of kernels that replays with `program(*inputs)`."""
 
     def __init__(self, inputs: Sequence[Array] = ()) -> None:
         # Views of our own, so that one array given twice still counts as two inputs.
         self.inputs = [array.view() for array in inputs]
-        self._entries: list[tuple[int, Arguments, Array]] = []
-        self._stoppable: list[Array] = []
-        self._flops = 0
+        self.kernels: list[Kernel] = []
         self._brief = False  # whether a run has shown that it takes less than PATIENCE
-        self._most_threads = sys.maxsize
-
-    def append(
-        self,
-        entry: int,
-        arguments: Arguments,
-        flops: int,
-        tickets: Array | None = None,
-        most_threads: int = sys.maxsize,
-        whole: bool = False,
-    ) -> None:
-        tickets = arguments.words[:2] if tickets is None else tickets
-        self._entries.append((entry, arguments, tickets))
-        self._flops += flops
-        self._most_threads = min(self._most_threads, most_threads)
-        if not whole:
-            self._stoppable.append(tickets)
 
     def seal(self) -> Program:
         """Fix the list; returns the program."""
-        words = [len(self._entries), 0, 0, 0]
-        for entry, arguments, tickets in self._entries:
-            words += [entry, word(arguments), word(tickets), len(tickets)]
+        kernels = self.kernels
+        words = [len(kernels), 0, 0, 0]
+        for kernel in kernels:
+            tickets = kernel.counters()
+            words += [kernel.entry, word(kernel.arguments), word(tickets), len(tickets)]
         self._table = np.array(words, np.int64)
-        kernels = max(len(self._entries), 1)
-        self._call = (
-            address(_runner, 4),
-            word(self._table),
-            min(1 + self._flops // (FLOPS_PER_THREAD * kernels), self._most_threads),
-        )
+        self._stoppable = [kernel.counters() for kernel in kernels if not kernel.whole]
+        self._flops = sum(kernel.flops for kernel in kernels)
+        busy = 1 + self._flops // (FLOPS_PER_THREAD * max(len(kernels), 1))
+        most_threads = min([busy, *(kernel.most_threads for kernel in kernels)])
+        self._call = address(_runner, 4), word(self._table), most_threads
         self._bound = [word(array) for array in self.inputs]
         self._places = [
             [
-                (arguments.words, i)
-                for _, arguments, _ in self._entries
-                for i, value in enumerate(arguments.values)
+                (kernel.arguments.words, i)
+                for kernel in kernels
+                for i, value in enumerate(kernel.arguments.values)
                 if value is array
             ]
             for array in self.inputs
@@ -136,7 +137,7 @@ class Program:
 
     def timed(self, *inputs: Array) -> Array:
         """Replay, and return the nanoseconds of each kernel, up to the barrier after it."""
-        times = np.zeros(len(self._entries), np.int64)
+        times = np.zeros(len(self.kernels), np.int64)
         self._table[TIMES] = word(times)
         try:
             self(*inputs)
@@ -157,29 +158,17 @@ class Program:
 def recorded() -> int:
     """How many kernels are in the program that this thread is capturing."""
     program: Program | None = getattr(_recording, "program", None)
-    return 0 if program is None else len(program._entries)
+    return 0 if program is None else len(program.kernels)
 
 
-def submit(
-    entry: int,
-    arguments: Arguments,
-    flops: int,
-    tickets: Array | None = None,
-    most_threads: int = sys.maxsize,
-    whole: bool = False,
-) -> None:
-    """Run a kernel now, or add it to the program that this thread is capturing.
-
-    `tickets` count the kernel's work as it is taken, from 0 in every run: without them, the first
-    two words of its arguments. `most_threads`: how many it has buffers for. `whole`: once begun it
-    is not stopped, for it changes its inputs in place.
-    """
+def submit(kernel: Kernel) -> None:
+    """Run a kernel now, or add it to the program that this thread is capturing."""
     program: Program | None = getattr(_recording, "program", None)
     if program is not None:
-        program.append(entry, arguments, flops, tickets, most_threads, whole)
+        program.kernels.append(kernel)
         return
     single = Program()
-    single.append(entry, arguments, flops, tickets, most_threads, whole)
+    single.kernels.append(kernel)
     single.seal()()
 
 
