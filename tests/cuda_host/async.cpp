@@ -7,11 +7,25 @@ namespace {
 
 std::vector<Work> bulk_copies;
 
+// Where byte `address` lies under the 128-byte swizzle: bits 4-6 are crossed with bits 7-9.
+uintptr_t swizzled(uintptr_t address) { return address ^ (address >> 7 & 7) << 4; }
+
 // A plain-text tensor map: the fields that cuTensorMapEncodeTiled takes, for two dimensions.
 struct Map {
-    const unsigned char* base;
+    unsigned char* base;
     long long columns, rows, row_bytes;
     int box_columns, box_rows, element_bytes, swizzle;
+    // Each element of the box at (x, y): where it lies in shared memory, and in the tensor or null.
+    template <class F> void each(uintptr_t box, int x, int y, F f) const {
+        for (int r = 0; r < box_rows; ++r) {
+            for (int c = 0; c < box_columns; ++c) {
+                const uintptr_t at = box + (static_cast<uintptr_t>(r) * box_columns + c) * element_bytes;
+                const bool inside = x + c >= 0 && x + c < columns && y + r >= 0 && y + r < rows;
+                f(swizzle ? swizzled(at) : at,
+                  inside ? base + (y + r) * row_bytes + (x + c) * element_bytes : nullptr);
+            }
+        }
+    }
 };
 
 struct Barrier {  // the 8 bytes of an mbarrier
@@ -28,9 +42,6 @@ void end_phase(Barrier& b) {
     b.phase ^= 1;
     b.pending = b.arrivals;
 }
-
-// Where byte `address` lies under the 128-byte swizzle: bits 4-6 are crossed with bits 7-9.
-uintptr_t swizzled(uintptr_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 float element_128(uintptr_t base, unsigned row, unsigned k) {
     const uintptr_t at = swizzled(base + row / 8 * 1024 + row % 8 * 128 + k * 2);
@@ -81,6 +92,11 @@ void barrier_init(uintptr_t barrier, unsigned arrivals, int line) {
     barrier_at(barrier) = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
 }
 
+void barrier_arrive_remote(uintptr_t barrier, int line) {
+    expect_reachable(barrier, line);
+    barrier_arrive(barrier, 0, line);
+}
+
 void barrier_arrive(uintptr_t barrier, unsigned bytes, int line) {
     Barrier& b = barrier_at(barrier);
     if (b.pending <= 0) fail("mbarrier: more arrivals than it counts", line);
@@ -95,24 +111,49 @@ void load_box_later(uintptr_t to, const void* map, uintptr_t barrier, int x, int
     const Map m = *static_cast<const Map*>(map);
     aligned(reinterpret_cast<uintptr_t>(map), 64, "tensor map", line);
     aligned(to, m.swizzle ? 1024 : 128, "TMA to", line);
+    expect_reachable(to, line);
+    expect_reachable(barrier, line);
     bulk_copies.push_back([=] {
-        const int size = m.element_bytes;
-        for (int r = 0; r < m.box_rows; ++r) {
-            for (int c = 0; c < m.box_columns; ++c) {
-                uintptr_t at = to + (static_cast<uintptr_t>(r) * m.box_columns + c) * size;
-                if (m.swizzle) at = swizzled(at);
-                const bool inside = x + c >= 0 && x + c < m.columns && y + r >= 0 && y + r < m.rows;
-                if (inside) {
-                    memcpy(reinterpret_cast<void*>(at), m.base + (y + r) * m.row_bytes + (x + c) * size, size);
-                } else {
-                    memset(reinterpret_cast<void*>(at), 0, size);
-                }
+        expect_reachable(to, line);
+        m.each(to, x, y, [&](uintptr_t here, unsigned char* there) {
+            if (there) {
+                memcpy(reinterpret_cast<void*>(here), there, m.element_bytes);
+            } else {
+                memset(reinterpret_cast<void*>(here), 0, m.element_bytes);
             }
-        }
+        });
         Barrier& b = barrier_at(barrier);
-        b.bytes -= m.box_rows * m.box_columns * size;
+        b.bytes -= m.box_rows * m.box_columns * m.element_bytes;
         end_phase(b);
     });
+}
+
+void store_box_later(const void* map, uintptr_t from, int x, int y, int line) {
+    const Map m = *static_cast<const Map*>(map);
+    aligned(reinterpret_cast<uintptr_t>(map), 64, "tensor map", line);
+    aligned(from, m.swizzle ? 1024 : 128, "TMA from", line);
+    Thread& thread = self();
+    thread.stores.open.push_back([=, &thread] {
+        std::vector<unsigned char> box;
+        m.each(from, x, y, [&](uintptr_t here, unsigned char*) {
+            const auto* p = reinterpret_cast<const unsigned char*>(here);
+            box.insert(box.end(), p, p + m.element_bytes);
+        });
+        thread.landing.push_back([=] {
+            const unsigned char* next = box.data();
+            m.each(from, x, y, [&](uintptr_t, unsigned char* there) {
+                if (there) memcpy(there, next, m.element_bytes);
+                next += m.element_bytes;
+            });
+        });
+    });
+}
+
+void commit_stores() { self().stores.commit(); }
+
+void wait_stores(size_t pending, bool written) {
+    self().stores.wait(pending);
+    if (written) self().land();
 }
 
 void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, int keep) {

@@ -26,6 +26,7 @@ struct Groups {
             committed.pop_front();
         }
     }
+    bool empty() const { return open.empty() && committed.empty(); }
     void clear() {
         open.clear();
         committed.clear();
@@ -38,16 +39,24 @@ struct Thread {
     int line;
     void* stack;
     unsigned phase;  // of the slots for warp collectives
-    Groups copies, products;
+    Groups copies, products, stores;
+    std::vector<Work> landing;  // stores that have been read
     void reset() {
         state = READY;
         phase = 0;
         copies.clear();
         products.clear();
+        stores.clear();
+        landing.clear();
+    }
+    void land() {
+        for (Work& work : landing) work();
+        landing.clear();
     }
 };
 
 Thread& self();
+void expect_reachable(uintptr_t address, int line);  // from any block of the cluster
 
 // Bulk copies (TMA) belong to no thread: a copy engine ends them at some time, in any order.
 bool bulk_copies_pending();

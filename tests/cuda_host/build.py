@@ -43,8 +43,10 @@ def problem() -> str:
 def unit(of: Unit, threads: bool = False) -> bytes:
     """The shared object of one unit; entries are `run_NAME` and `size_NAME`."""
     text = nvrtc.text(of.file)
-    entries = re.findall(r"__global__[^;{]*?(\w+)\s*\([^()]*\)\s*\{", text)
-    program = text + "\n" + "".join(f"HOST_KERNEL({name})\n" for name in entries)
+    program = text + "\n"
+    for entry in re.finditer(r"__global__[^;{]*?(\w+)\s*\([^()]*\)\s*\{", text):
+        cluster = re.search(r"__cluster_dims__\(([^,()]+)", entry[0])
+        program += f"HOST_KERNEL({entry[1]}, {cluster[1] if cluster else 1})\n"
     file = Path(of.file).name
     headers = {**nvrtc.headers(), "variant.cuh": of.variant}
     return _compiled({file: program, **headers}, (file,), threads)

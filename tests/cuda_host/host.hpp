@@ -11,6 +11,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static __attribute__((section("host_shared")))
 
@@ -27,7 +28,9 @@ struct alignas(16) double2 { double x, y; };
 
 namespace host {
 
-enum State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, AT_GROUP_BARRIER, POLLING, DONE };
+enum State {
+    READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, AT_GROUP_BARRIER, AT_CLUSTER_BARRIER, POLLING, DONE
+};
 constexpr unsigned WARP = 32, GROUP = 128, SLOT = 64;
 
 struct Thread;
@@ -61,8 +64,14 @@ void commit_copies();
 void wait_copies(size_t pending);
 void barrier_init(uintptr_t barrier, unsigned arrivals, int line);
 void barrier_arrive(uintptr_t barrier, unsigned bytes, int line);
+void barrier_arrive_remote(uintptr_t barrier, int line);
 bool barrier_passed(uintptr_t barrier, unsigned parity);
 void load_box_later(uintptr_t to, const void* map, uintptr_t barrier, int x, int y, int line);
+void store_box_later(const void* map, uintptr_t from, int x, int y, int line);
+void commit_stores();
+void wait_stores(size_t pending, bool written);
+unsigned cluster_rank();
+uintptr_t in_cluster(uintptr_t address, unsigned rank, int line);
 void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, int keep);
 void commit_products(int line);
 void wait_products(size_t pending, int line);
@@ -73,8 +82,8 @@ void mma16(float* d, const unsigned* a, const unsigned* b, float (*value)(unsign
 void mma_tf32(float* d, const unsigned* a, const unsigned* b, int line);
 
 using Body = void (*)(void** arguments);
-int run(Body body, void** arguments, const unsigned* grid, const unsigned* block, size_t dynamic,
-        unsigned char* shared, unsigned char* shared_end, uint64_t schedule);
+int run(Body body, void** arguments, const unsigned* grid, const unsigned* block, unsigned cluster,
+        size_t dynamic, unsigned char* shared, unsigned char* shared_end, uint64_t schedule);
 
 template <size_t...> struct Places {};
 template <class... A, size_t... I>
@@ -150,10 +159,10 @@ extern unsigned char __stop_host_shared[] __attribute__((weak, visibility("hidde
 }
 
 // How Python calls a kernel: run_NAME, and the size of each argument: size_NAME.
-#define HOST_KERNEL(name) \
+#define HOST_KERNEL(name, cluster) \
     extern "C" int run_##name(void** arguments, const unsigned* grid, const unsigned* block, \
                               size_t dynamic, uint64_t schedule) { \
-        return host::run([](void** a) { host::call(&name, a); }, arguments, grid, block, dynamic, \
+        return host::run([](void** a) { host::call(&name, a); }, arguments, grid, block, cluster, dynamic, \
                          __start_host_shared, __stop_host_shared, schedule); \
     } \
     extern "C" int size_##name(unsigned i) { return host::size(&name, i); }

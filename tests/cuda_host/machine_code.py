@@ -1,19 +1,117 @@
-"""Cubins read back: what NVRTC's disassembler says they are made of."""
+"""Kernels as NVRTC makes them, held to how they are launched: by its log, its PTX, its SASS."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib.util import find_spec
+from multiprocessing import get_context
+from typing import NamedTuple
 
 import pytest
+from backprop_kernels.cuda import compile as nvrtc
+from backprop_kernels.cuda.compile import OPTIONS, Unit
+from backprop_kernels.errors import KernelCompileError
+
+from tests.cuda_host.recorder import Asked
 
 NEEDS_NVRTC = pytest.mark.skipif(
     find_spec("cuda") is None or find_spec("cuda.pathfinder") is None,
     reason="needs NVRTC: pip install cuda-pathfinder 'cuda-toolkit[nvrtc,nvdisasm]==13.4.*'",
 )
+
+REGISTERS = 65536  # of a multiprocessor: a block that needs more cannot start
+REGISTERS_PER_THREAD = 216
+SHARED = 48 << 10  # bytes of static shared memory that any GPU gives a block
+# Kernels that add or scale in float64 on purpose, whatever the dtype of their arrays.
+FLOAT64 = {
+    "gradient_squares", "loss", "loss_cross_entropy", "loss_gaussian_nll", "loss_shares",
+    "loss_value", "loss_weights", "optimizer_update",
+}  # fmt: skip
+# What the inner loop of a product must be made of.
+MULTIPLIES = {"float": "FFMA", "double": "DFMA"}
+PARAMETER = {"u64": 8, "s64": 8, "b64": 8, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "f32": 4}
+
+
+class Job(NamedTuple):
+    """One unit for one architecture. Its SASS takes a second to read, whatever its size."""
+
+    unit: Unit
+    entries: dict[str, Asked]
+    arch: str
+    disassemble: bool
+
+
+def real(unit: Unit) -> str:
+    """The C++ type of the unit's numbers."""
+    return "double" if "using real = double" in unit.variant else "float"
+
+
+def problems(job: Job) -> list[str]:
+    """What is wrong with the unit as it is compiled, in words; nothing where all is well."""
+    unit, entries, arch, disassemble = job
+    try:
+        compiled = nvrtc.compile_unit(unit, arch, (*OPTIONS, "--ptxas-options=-v"))
+    except KernelCompileError as problem:  # a spill or local memory, too
+        return [str(problem)]
+    made_of = instructions(compiled.cubin) if disassemble else {}
+    found = []
+    for entry, asked in entries.items():
+        sizes = parameter_sizes(compiled.ptx, entry)
+        if sizes != asked.sizes:
+            found.append(f"{entry}: takes {sizes} bytes, is launched with {asked.sizes}")
+        registers, shared, stack = usage(compiled.log, entry)
+        if stack:
+            found.append(f"{entry}: {stack} bytes of stack")
+        if registers > min(REGISTERS_PER_THREAD, REGISTERS // max(asked.threads)):
+            found.append(f"{entry}: {registers} registers in {max(asked.threads)} threads")
+        if shared + asked.shared > SHARED:
+            found.append(f"{entry}: {shared} + {asked.shared} bytes of shared memory")
+        if real(unit) == "float" and entry not in FLOAT64 and ".f64" in body(compiled.ptx, entry):
+            found.append(f"{entry}: float64 in the PTX")
+        if disassemble:
+            kinds = {code.partition(".")[0] for code in made_of[entry]}
+            if kinds & {"LDL", "STL"}:
+                found.append(f"{entry}: local memory")
+            if entry.startswith("linear_") and MULTIPLIES[real(unit)] not in kinds:
+                found.append(f"{entry}: no {MULTIPLIES[real(unit)]}")
+            if real(unit) == "float" and entry not in FLOAT64:
+                double = [c for c in made_of[entry] if re.match(r"D(ADD|MUL|FMA)\b", c)]
+                found += [f"{entry}: {code}" for code in double]
+    return [f"{unit.file} ({real(unit)}) for {arch}: {problem}" for problem in found]
+
+
+def all_problems(jobs: Iterable[Job]) -> list[str]:
+    """Of all jobs, in a process for each core: NVRTC compiles one program at a time in each."""
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        return [problem for found in pool.map(problems, jobs, chunksize=4) for problem in found]
+
+
+def parameter_sizes(ptx: str, entry: str) -> list[int]:
+    """In bytes, from the PTX entry."""
+    found = re.search(rf"\.entry {entry}\((.*?)\)\s*[.{{]", ptx, re.S)
+    assert found is not None, f"no entry {entry}"
+    return [PARAMETER[kind] for kind in re.findall(r"\.param \.(\w+)", found[1])]
+
+
+def body(ptx: str, entry: str) -> str:
+    """The PTX of one entry."""
+    return ptx.split(f".entry {entry}(")[1].split(".entry ")[0]
+
+
+def usage(log: str, entry: str) -> tuple[int, int, int]:
+    """(registers, bytes of shared memory, bytes of stack) by ptxas."""
+    found = re.search(
+        rf"properties for {entry}\n.*?(\d+) bytes stack frame.*?\n.*?Used (\d+) registers(.*)", log
+    )
+    assert found is not None, f"{entry}: not in {log}"
+    shared = re.search(r"(\d+) bytes smem", found[3])
+    return int(found[2]), int(shared[1]) if shared else 0, int(found[1])
 
 
 @cache
@@ -35,9 +133,9 @@ def instructions(cubin: bytes) -> dict[str, set[str]]:
         ).stdout
     found = {}
     for section in sass.split("\t.section\t.text.")[1:]:
-        entry, _, body = section.partition(",")
-        body = body.partition("\t.section\t")[0]
+        entry, _, text = section.partition(",")
+        text = text.partition("\t.section\t")[0]
         found[entry] = set(
-            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", body, re.M)
+            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text, re.M)
         )
     return found

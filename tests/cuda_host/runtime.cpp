@@ -1,4 +1,5 @@
-// The execution model of CUDA on one CPU core: a block at a time, its threads as fibers.
+// The execution model of CUDA on one CPU core: a block (or cluster of blocks) at a time, its threads
+// as fibers.
 //
 // A fiber runs until it waits: at __syncthreads, at a warp or warpgroup collective, or polling an
 // mbarrier. `schedule` decides who runs next: 0 in turn; odd: each warp as far ahead as it can get;
@@ -32,13 +33,17 @@ uint3 block_index, block_size, grid_size;
 namespace {
 
 constexpr size_t STACK = 64 << 10, PAGE = 4096;
-constexpr unsigned MOST_THREADS = 1024;
+constexpr unsigned MOST_THREADS = 1024, MOST_BLOCKS = 8;  // of a block, of a cluster
 constexpr int SECONDS = 120;  // of CPU time, after which a kernel counts as stuck
 
+// Of a whole cluster, its blocks one after the other. Static shared memory is at one address for all:
+// that of the block that runs; the others' is kept aside.
 std::vector<Thread> threads;
+unsigned block_threads, cluster_blocks;
 std::vector<unsigned char> dynamic_memory;
 unsigned char* dynamic_start;
-alignas(64) unsigned char slots[2][MOST_THREADS / WARP][WARP][SLOT];
+size_t dynamic_stride;
+alignas(64) unsigned char slots[2][MOST_BLOCKS * MOST_THREADS / WARP][WARP][SLOT];
 Body kernel_body;
 void** kernel_arguments;
 char message[512];
@@ -56,14 +61,35 @@ template <class T> void shuffle(std::vector<T>& order) {
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
 }
 
-void poison(unsigned char* shared, unsigned char* shared_end, size_t dynamic) {
+void poison(unsigned char* shared, unsigned char* shared_end) {
     if (shared != shared_end) memset(shared, 0xff, shared_end - shared);
-    memset(dynamic_start, 0xff, dynamic);
+    memset(dynamic_start, 0xff, cluster_blocks * dynamic_stride);
 }
+
+unsigned number_of(const Thread& thread) { return static_cast<unsigned>(&thread - threads.data()); }
 
 }  // namespace
 
-unsigned char* dynamic_shared() { return dynamic_start; }
+unsigned cluster_rank() { return number_of(*current) / block_threads; }
+
+unsigned char* dynamic_shared() { return dynamic_start + cluster_rank() * dynamic_stride; }
+
+uintptr_t in_cluster(uintptr_t address, unsigned to, int line) {
+    if (to >= cluster_blocks) fail("a rank beyond the cluster", line);
+    expect_reachable(address, line);
+    const auto own = reinterpret_cast<uintptr_t>(dynamic_shared());
+    return address - own + reinterpret_cast<uintptr_t>(dynamic_start + to * dynamic_stride);
+}
+
+void expect_reachable(uintptr_t address, int line) {
+    if (cluster_blocks == 1) return;
+    const uintptr_t offset = address - reinterpret_cast<uintptr_t>(dynamic_start);
+    if (offset >= cluster_blocks * dynamic_stride)
+        fail("a cluster reaches the emulator's dynamic shared memory only", line);
+    const auto first = threads.begin() + static_cast<std::ptrdiff_t>(offset / dynamic_stride * block_threads);
+    if (std::all_of(first, first + block_threads, [](const Thread& t) { return t.state == DONE; }))
+        fail("shared memory of a block that has ended", line);
+}
 
 Thread& self() { return *current; }
 
@@ -75,9 +101,10 @@ void fail(const char* what, int line) {
 
 unsigned char* deposit(const void* value, unsigned bytes, int line) {
     const unsigned phase = current->phase++ & 1;  // two sets: a fast lane may be one ahead
-    memcpy(slots[phase][rank / WARP][rank % WARP], value, bytes);
+    const unsigned warp = number_of(*current) / WARP;
+    memcpy(slots[phase][warp][rank % WARP], value, bytes);
     wait(AT_WARP_BARRIER, line);
-    return slots[phase][rank / WARP][0];
+    return slots[phase][warp][0];
 }
 
 #ifdef HOST_THREADS
@@ -110,14 +137,14 @@ void wait(State barrier, int line) {
     } else if (barrier == AT_WARP_BARRIER) {
         warp_barrier[rank / WARP].wait();
     } else {
-        fprintf(stderr, "line %d: warpgroups and mbarriers need fibers\n", line);
+        fprintf(stderr, "line %d: warpgroups, clusters and mbarriers need fibers\n", line);
         abort();
     }
 }
 
 namespace {
 
-int run_blocks(unsigned char* shared, unsigned char* shared_end, size_t dynamic, uint64_t) {
+int run_blocks(unsigned char* shared, unsigned char* shared_end, uint64_t) {
     const unsigned count = threads.size();
     block_barrier.expected = count;
     for (unsigned w = 0; w < count / WARP; ++w) warp_barrier[w].expected = WARP;
@@ -133,7 +160,7 @@ int run_blocks(unsigned char* shared, unsigned char* shared_end, size_t dynamic,
                 if (i == 0) {
                     block_index = {unsigned(b % grid_size.x), unsigned(b / grid_size.x % grid_size.y),
                                    unsigned(b / grid_size.x / grid_size.y)};
-                    poison(shared, shared_end, dynamic);
+                    poison(shared, shared_end);
                 }
                 block_barrier.wait();
                 kernel_body(kernel_arguments);
@@ -183,9 +210,10 @@ void enter() {
 
 unsigned char* stacks() {
     static unsigned char* all = [] {
-        auto* p = static_cast<unsigned char*>(mmap(nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE,
+        constexpr unsigned COUNT = MOST_BLOCKS * MOST_THREADS;
+        auto* p = static_cast<unsigned char*>(mmap(nullptr, STACK * COUNT, PROT_READ | PROT_WRITE,
                                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-        for (unsigned i = 0; i < MOST_THREADS; ++i) mprotect(p + STACK * i, PAGE, PROT_NONE);
+        for (unsigned i = 0; i < COUNT; ++i) mprotect(p + STACK * i, PAGE, PROT_NONE);
         return p;
     }();
     return all;
@@ -200,11 +228,32 @@ void prepare(Thread& thread, unsigned i) {
     thread.stack = top;
 }
 
-void resume(Thread& thread, unsigned i) {
+// The static shared memory of each block of a cluster, while another one's is in place.
+class Aside {
+public:
+    Aside(unsigned char* shared, unsigned char* shared_end)
+        : shared_(shared), size_(shared_end - shared), kept_(cluster_blocks, Bytes(shared, shared_end)) {}
+    void bring(unsigned block) {
+        if (block == here_) return;
+        memcpy(kept_[here_].data(), shared_, size_);
+        memcpy(shared_, kept_[here_ = block].data(), size_);
+    }
+
+private:
+    using Bytes = std::vector<unsigned char>;
+    unsigned char* shared_;
+    size_t size_;
+    std::vector<Bytes> kept_;
+    unsigned here_ = 0;
+};
+
+void resume(Thread& thread, uint3 first_block, Aside& aside) {
     thread.state = READY;
     current = &thread;
     thread_index = thread.index;
-    rank = i;
+    rank = number_of(thread) % block_threads;
+    block_index = {first_block.x + cluster_rank(), first_block.y, first_block.z};
+    aside.bring(cluster_rank());
     host_switch(&scheduler_stack, thread.stack);
 }
 
@@ -228,7 +277,7 @@ bool release(State barrier, unsigned first, unsigned last, const char* name) {
     return true;
 }
 
-void run_block(uint64_t schedule) {
+void run_cluster(uint3 first_block, Aside& aside, uint64_t schedule) {
     const unsigned count = threads.size(), warps = count / WARP;
     for (unsigned i = 0; i < count; ++i) prepare(threads[i], i);
     std::vector<unsigned> warp_order(warps), lanes(WARP);
@@ -247,7 +296,7 @@ void run_block(uint64_t schedule) {
                     Thread& thread = threads[w * WARP + l];
                     if (thread.state != READY && thread.state != POLLING) continue;
                     polled |= thread.state == POLLING;
-                    resume(thread, w * WARP + l);
+                    resume(thread, first_block, aside);
                     moved |= thread.state != POLLING;
                 }
                 if (release(AT_WARP_BARRIER, w * WARP, (w + 1) * WARP, "a warp collective")) {
@@ -256,11 +305,13 @@ void run_block(uint64_t schedule) {
                 }
             }
         }
-        for (unsigned g = 0; g < count; g += GROUP) {
-            const unsigned last = std::min(g + GROUP, count);
-            moved |= release(AT_GROUP_BARRIER, g, last, "a warpgroup instruction");
+        for (unsigned first = 0; first < count; first += block_threads) {
+            const unsigned end = first + block_threads;
+            for (unsigned g = first; g < end; g += GROUP)
+                moved |= release(AT_GROUP_BARRIER, g, std::min(g + GROUP, end), "a warpgroup instruction");
+            moved |= release(AT_BLOCK_BARRIER, first, end, "__syncthreads");
         }
-        moved |= release(AT_BLOCK_BARRIER, 0, count, "__syncthreads");
+        moved |= release(AT_CLUSTER_BARRIER, 0, count, "cluster_sync");
         for (const Thread& thread : threads) done += thread.state == DONE;
         if (done == count) break;
         if (bulk_copies_pending() && (!moved || !schedule || next_random() % 3 == 0)) {
@@ -271,18 +322,23 @@ void run_block(uint64_t schedule) {
         if (!moved && (!polled || idle > 1000)) fail("deadlock: every thread waits", current->line);
     }
     if (bulk_copies_pending()) fail("the block ended with bulk copies in flight", 0);
+    for (Thread& thread : threads) {
+        if (!thread.stores.empty()) fail("the block ended with bulk stores unread", 0);
+        thread.land();
+    }
 }
 
-int run_blocks(unsigned char* shared, unsigned char* shared_end, size_t dynamic, uint64_t schedule) {
-    const uint64_t blocks = uint64_t(grid_size.x) * grid_size.y * grid_size.z;
-    std::vector<uint64_t> order(blocks);
-    for (uint64_t b = 0; b < blocks; ++b) order[b] = schedule & 1 ? blocks - 1 - b : b;
+int run_blocks(unsigned char* shared, unsigned char* shared_end, uint64_t schedule) {
+    const uint64_t clusters = uint64_t(grid_size.x) / cluster_blocks * grid_size.y * grid_size.z;
+    std::vector<uint64_t> order(clusters);
+    for (uint64_t c = 0; c < clusters; ++c) order[c] = schedule & 1 ? clusters - 1 - c : c;
     if (schedule && !(schedule & 1)) shuffle(order);
-    for (uint64_t b : order) {
-        block_index = {unsigned(b % grid_size.x), unsigned(b / grid_size.x % grid_size.y),
-                       unsigned(b / grid_size.x / grid_size.y)};
-        poison(shared, shared_end, dynamic);
-        run_block(schedule);
+    for (uint64_t c : order) {
+        const uint64_t b = c * cluster_blocks;  // they are neighbours in x
+        poison(shared, shared_end);
+        Aside aside(shared, shared_end);
+        run_cluster({unsigned(b % grid_size.x), unsigned(b / grid_size.x % grid_size.y),
+                     unsigned(b / grid_size.x / grid_size.y)}, aside, schedule);
     }
     return 0;
 }
@@ -337,23 +393,23 @@ struct Signals {
 };
 constexpr int Signals::CAUGHT[3];
 
-int run_guarded(unsigned char* shared, unsigned char* shared_end, size_t dynamic, uint64_t schedule) {
+int run_guarded(unsigned char* shared, unsigned char* shared_end, uint64_t schedule) {
 #ifdef HOST_THREADS
-    return run_blocks(shared, shared_end, dynamic, schedule);
+    return run_blocks(shared, shared_end, schedule);
 #else
     Signals signals;
     if (setjmp(escape)) {
         drop_bulk_copies();
         return 1;
     }
-    return run_blocks(shared, shared_end, dynamic, schedule);
+    return run_blocks(shared, shared_end, schedule);
 #endif
 }
 
 }  // namespace
 
-int run(Body body, void** arguments, const unsigned* grid, const unsigned* block, size_t dynamic,
-        unsigned char* shared, unsigned char* shared_end, uint64_t schedule) {
+int run(Body body, void** arguments, const unsigned* grid, const unsigned* block, unsigned cluster,
+        size_t dynamic, unsigned char* shared, unsigned char* shared_end, uint64_t schedule) {
     const unsigned count = block[0] * block[1] * block[2];
     if (count == 0 || count > MOST_THREADS || count % WARP) {
         snprintf(message, sizeof message, "expected a block of whole warps, at most 1024 threads, got %u", count);
@@ -363,17 +419,27 @@ int run(Body body, void** arguments, const unsigned* grid, const unsigned* block
         snprintf(message, sizeof message, "grid (%u, %u, %u) is empty or too large", grid[0], grid[1], grid[2]);
         return 1;
     }
+    if (cluster == 0 || cluster > MOST_BLOCKS || grid[0] % cluster) {
+        snprintf(message, sizeof message, "expected a grid in clusters of %u, at most %u, got %u", cluster,
+                 MOST_BLOCKS, grid[0]);
+        return 1;
+    }
     kernel_body = body;
     kernel_arguments = arguments;
     grid_size = {grid[0], grid[1], grid[2]};
     block_size = {block[0], block[1], block[2]};
     random_state = schedule * 0x9e3779b97f4a7c15ull + 1;
-    dynamic_memory.resize(dynamic + 1024);
+    block_threads = count;
+    cluster_blocks = cluster;
+    dynamic_stride = (dynamic + 1023) & ~size_t{1023};
+    dynamic_memory.resize(cluster * dynamic_stride + 1024);
     dynamic_start = dynamic_memory.data() + (-reinterpret_cast<uintptr_t>(dynamic_memory.data()) & 1023);
-    threads.resize(count);
-    for (unsigned i = 0; i < count; ++i)
-        threads[i].index = {i % block[0], i / block[0] % block[1], i / block[0] / block[1]};
-    return run_guarded(shared, shared_end, dynamic, schedule);
+    threads.resize(cluster * count);
+    for (unsigned t = 0; t < threads.size(); ++t) {
+        const unsigned i = t % count;
+        threads[t].index = {i % block[0], i / block[0] % block[1], i / block[0] / block[1]};
+    }
+    return run_guarded(shared, shared_end, schedule);
 }
 
 }  // namespace host

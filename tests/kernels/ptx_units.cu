@@ -75,6 +75,25 @@ extern "C" __global__ void product_tf32(const u32* A, const u32* B, float* D) {
 
 #endif
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// The reverse of `matrices`.
+extern "C" __global__ void store_matrices(const u32* from, unsigned short* plain, unsigned short* transposed) {
+    __shared__ __align__(16) unsigned short s[4 * 8 * 8];
+    const int t = threadIdx.x;
+    u32 r[4];
+    for (int i = 0; i < 4; ++i) r[i] = from[i * 32 + t];
+    stmatrix_x4(shared_address(s + t * 8), r);
+    __syncwarp();
+    for (int i = t; i < 256; i += 32) plain[i] = s[i];
+    __syncwarp();
+    stmatrix_x4_transposed(shared_address(s + t * 8), r);
+    __syncwarp();
+    for (int i = t; i < 256; i += 32) transposed[i] = s[i];
+}
+
+#endif
+
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The box (rows, 64 columns of 16 bits) at (x, y), as it lies in shared memory.
@@ -94,6 +113,50 @@ extern "C" __global__ void box(const __grid_constant__ TensorMap map, unsigned s
     barrier_wait(barrier, 0);
     const unsigned short* s = reinterpret_cast<const unsigned short*>(shared);
     for (int i = threadIdx.x; i < rows * 64; i += blockDim.x) out[i] = s[i];
+}
+
+// Two boxes from one piece of shared memory to (x, y) and (x, y + rows), swizzled as `out` of `box` is.
+extern "C" __global__ void unbox(const __grid_constant__ TensorMap map, const unsigned short* from, int x, int y, int rows) {
+    DYNAMIC_SHARED(shared);
+    unsigned short* s = reinterpret_cast<unsigned short*>(shared);
+    for (int half = 0; half < 2; ++half) {
+        for (int i = threadIdx.x; i < rows * 64; i += blockDim.x) s[i] = from[half * rows * 64 + i];
+        fence_shared_async();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            store_box(&map, shared_address(shared), x, y + half * rows);
+            store_box_commit();
+            store_box_wait_read<0>();
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) store_box_wait<0>();
+}
+
+// Four blocks in clusters of two. Each fetches the box at row rank * rows for both; then each writes
+// the other's two boxes, and how often its barrier was arrived at from there.
+extern "C" __global__ void __cluster_dims__(2, 1, 1)
+exchange(const __grid_constant__ TensorMap map, unsigned short* out, int rows) {
+    DYNAMIC_SHARED(shared);
+    __shared__ u32 own_rank;
+    const u32 rank = cluster_rank(), bytes = rows * 128;
+    const shared_t boxes = shared_address(shared), barrier = boxes + 2 * bytes, heard = barrier + 8;
+    if (threadIdx.x == 0) {
+        own_rank = rank;
+        barrier_init(barrier, 1);
+        barrier_init(heard, 1);
+        barrier_init_fence();
+        barrier_expect(barrier, 2 * bytes);
+    }
+    cluster_sync();
+    if (threadIdx.x == 0) load_box_multicast(boxes + rank * bytes, &map, barrier, 0, rank * rows, 3);
+    barrier_wait(barrier, 0);
+    if (threadIdx.x == 0) barrier_arrive_remote(in_cluster(heard, rank ^ 1));
+    barrier_wait(heard, 0);
+    const unsigned short* s = reinterpret_cast<const unsigned short*>(shared);
+    unsigned short* to = out + (blockIdx.x ^ 1) * 2 * rows * 64;
+    for (int i = threadIdx.x; i < 2 * rows * 64; i += blockDim.x) to[i] = s[i] + own_rank;
+    cluster_sync();
 }
 
 // D (64, N) = A (64, K) B (N, K)ᵀ: a producer warpgroup fetches strips of 64 columns into a ring of

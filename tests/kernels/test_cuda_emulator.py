@@ -31,13 +31,15 @@ def emulator() -> Iterator[None]:
         yield
 
 
-def run(body: str, tmp_path: Path) -> None:
+def run(body: str, tmp_path: Path, attribute: str = "") -> None:
     """A kernel `f(float* x)` on 64 floats, once in each schedule."""
     file = tmp_path / "unit.cu"
-    file.write_text(f'#include "ptx.cuh"\nextern "C" __global__ void f(float* x) {{\n{body}\n}}\n')
+    file.write_text(
+        f'#include "ptx.cuh"\nextern "C" __global__ void {attribute} f(float* x) {{\n{body}\n}}\n'
+    )
     for _ in range(cupy_stand_in.SCHEDULES):
         x = cupy_stand_in.zeros(64, np.float32)
-        launch(Unit(str(file), ""), "f", (2,), (64,), x)
+        launch(Unit(str(file), ""), "f", (2,), (64,), x, shared=1024)
 
 
 WRONG = {
@@ -72,6 +74,37 @@ def test_mistake_is_an_error_that_names_it(mistake: str, tmp_path: Path) -> None
     body, message = WRONG[mistake]
     with pytest.raises((RuntimeError, MemoryError), match=message):
         run(body, tmp_path)
+
+
+BARRIER = "DYNAMIC_SHARED(s);\nconst shared_t b = shared_address(s);\n"
+WRONG_IN_A_CLUSTER = {
+    "a rank that is not there": (
+        BARRIER + "in_cluster(b, 2);", "a rank beyond the cluster"
+    ),
+    "static memory of another block": (
+        "__shared__ u64 b;\nin_cluster(shared_address(&b), 1);", "dynamic shared memory only"
+    ),
+    "a block that has ended": (
+        BARRIER + "barrier_init(b, 64);\ncluster_sync();\nif (cluster_rank()) return;\n"
+        "barrier_wait(b, 0);\nbarrier_arrive_remote(in_cluster(b, 1));", "deadlock",
+    ),
+    "memory of a block that has ended": (
+        BARRIER + "barrier_init(b, 1);\ncluster_sync();\nif (cluster_rank()) {\n"
+        "  if (threadIdx.x == 0) barrier_arrive_remote(in_cluster(b, 0));\n  return;\n}\n"
+        "barrier_wait(b, 0);\nfor (int i = 0; i < 99; ++i) __syncthreads();\n"
+        "barrier_arrive_remote(in_cluster(b, 1));", "shared memory of a block that has ended",
+    ),
+    "a barrier that one block does not reach": (
+        "if (cluster_rank()) cluster_sync();", "a thread exited before cluster_sync, line 3"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WRONG_IN_A_CLUSTER)
+def test_mistake_in_a_cluster_is_an_error_that_names_it(mistake: str, tmp_path: Path) -> None:
+    body, message = WRONG_IN_A_CLUSTER[mistake]
+    with pytest.raises(RuntimeError, match=message):
+        run(body, tmp_path, "__cluster_dims__(2, 1, 1)")
 
 
 def test_what_differs_by_schedule_is_seen(tmp_path: Path) -> None:

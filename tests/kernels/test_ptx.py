@@ -92,6 +92,14 @@ def test_matrices_from_shared_memory(cupy: Any) -> None:
         assert np.array_equal(got, np.ascontiguousarray(expected).view(np.uint32).reshape(4, 32))
 
 
+def test_matrices_to_shared_memory(cupy: Any) -> None:
+    data = RNG.integers(0, 2**16, (4, 8, 8)).astype(np.uint16)
+    registers = data.view(np.uint32).reshape(4, 32)
+    _, plain, transposed = run(cupy, "store_matrices", registers, data * 0, data * 0)
+    assert np.array_equal(plain, data)
+    assert np.array_equal(transposed, data.transpose(0, 2, 1))
+
+
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_warp_product_of_16_bit_floats(cupy: Any, kind: str) -> None:
     A, B, D = whole(16, 16), whole(8, 16), whole(16, 8)
@@ -120,6 +128,12 @@ def test_warp_product_of_tf32(cupy: Any) -> None:
     assert np.array_equal(got, D + (low & ~np.uint32(0x1FFF)).view(np.float32) @ B.T)
 
 
+def swizzled(box: Array) -> Array:
+    """Rows of 64 with the 128-byte swizzle from plain ones, and the other way round."""
+    chunk = np.arange(64) // 8 ^ (np.arange(len(box)) % 8)[:, None]  # 16 bytes each
+    return np.take_along_axis(box, chunk * 8 + np.arange(64) % 8, axis=1)
+
+
 @pytest.mark.parametrize(("x", "y"), [(0, 0), (64, 8), (100, 30), (-8, -3)])
 def test_box_lies_swizzled_and_zero_outside(cupy: Any, x: int, y: int) -> None:
     rows, data = 24, RNG.integers(1, 2**16, (40, 136)).astype(np.uint16)
@@ -132,9 +146,34 @@ def test_box_lies_swizzled_and_zero_outside(cupy: Any, x: int, y: int) -> None:
     whole_plane = np.zeros((200, 400), np.uint16)
     whole_plane[50:90, 100:236] = data
     expected = whole_plane[50 + y : 50 + y + rows, 100 + x : 100 + x + 64]
-    chunk = np.arange(64) // 8 ^ (np.arange(rows) % 8)[:, None]  # 16 bytes each
-    got = np.take_along_axis(out, chunk * 8 + np.arange(64) % 8, axis=1)
-    assert np.array_equal(got, expected)
+    assert np.array_equal(swizzled(out), expected)
+
+
+@pytest.mark.parametrize(("x", "y"), [(0, 0), (64, 8), (100, 30), (-8, -3)])
+def test_box_is_written_where_it_lies_inside(cupy: Any, x: int, y: int) -> None:
+    rows, data = 16, RNG.integers(1, 2**16, (2 * 16, 64)).astype(np.uint16)
+    placed = cupy.zeros((40, 136), np.uint16)
+    run(
+        cupy, "unbox", tensor_map(placed, rows), swizzled(data), np.int32(x), np.int32(y),
+        np.int32(rows), threads=64, shared=rows * 128,
+    )  # fmt: skip
+    expected = np.zeros((200, 400), np.uint16)
+    expected[50 + y : 50 + y + 2 * rows, 100 + x : 100 + x + 64] = data
+    assert np.array_equal(placed.get(), expected[50:90, 100:236])
+
+
+def test_blocks_of_a_cluster_share_what_one_fetches(cupy: Any) -> None:
+    rows, blocks = 8, 4
+    data = RNG.integers(1, 2**15, (2 * rows, 64)).astype(np.uint16)
+    placed = cupy.asarray(data)
+    out = cupy.zeros((blocks, 2 * rows, 64), np.uint16)
+    shared = 2 * rows * 128 + 16
+    launch(
+        UNITS, "exchange", (blocks,), (64,), tensor_map(placed, rows), out, np.int32(rows),
+        shared=shared,
+    )  # fmt: skip
+    for block, got in enumerate(out.get()):
+        assert np.array_equal(swizzled(got - np.uint16(1 - block % 2)), data), block
 
 
 @pytest.mark.parametrize("columns", [64, 128, 256])
@@ -151,16 +190,20 @@ def test_warpgroup_product_behind_a_ring_of_boxes(cupy: Any, columns: int, depth
     assert np.array_equal(D, A @ B.T)
 
 
+AMPERE = {"HMMA", "LDSM", "LDGSTS"}
+HOPPER = {
+    *AMPERE, "STSM", "SYNCS", "UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "UTMACMDFLUSH",
+    "FENCE.VIEW.ASYNC.S", "UCGABAR_ARV", "UCGABAR_WAIT", "HGMMA", "USETMAXREG",
+}  # fmt: skip
+
+
 @NEEDS_NVRTC
 @pytest.mark.parametrize(
     ("arch", "expected"),
-    [
-        ("sm_80", {"HMMA", "LDSM", "LDGSTS"}),
-        ("sm_90a", {"HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"}),
-        ("sm_120", {"HMMA", "LDSM", "LDGSTS"}),
-    ],
+    [("sm_80", AMPERE), ("sm_90a", HOPPER), ("sm_120", {*AMPERE, "STSM"})],
 )
 def test_wrappers_become_the_instructions_they_name(arch: str, expected: set[str]) -> None:
     found = instructions(nvrtc.compile_unit(UNITS, arch).cubin)
-    kinds = {code.partition(".")[0] for codes in found.values() for code in codes}
-    assert expected <= kinds, expected - kinds
+    codes = {code for kernel in found.values() for code in kernel}
+    kinds = {code.partition(".")[0] for code in codes}
+    assert expected <= codes | kinds, expected - codes - kinds

@@ -2,7 +2,8 @@
 // Each wrapper has a PTX body, which a GPU runs, and a plain C++ body, which the emulator runs; the
 // layouts of both are in tests/kernels/test_ptx.py, which holds them against NumPy.
 //
-// cp.async, ldmatrix and mma.sync need sm_80; mbarrier and TMA sm_90; wgmma and setmaxnreg sm_90a.
+// cp.async, ldmatrix and mma.sync need sm_80; stmatrix, mbarrier, TMA and clusters sm_90;
+// multicast, wgmma and setmaxnreg sm_90a.
 #pragma once
 
 using u32 = unsigned;
@@ -103,6 +104,38 @@ DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], shared_t row) {
             halves[h] = reinterpret_cast<const unsigned short*>(rows[i * 8 + host::lane() % 4 * 2 + h])[column];
         r[i] = halves[0] | halves[1] << 16;
     }
+    host::wait(host::AT_WARP_BARRIER, __LINE__);
+#endif
+}
+
+// The reverse of ldmatrix_x4: r[i] of lane l goes to elements 2 (l % 4) and the next one of row l / 4
+// of matrix i; lane l gives the address of row l % 8 of matrix l / 8 (sm_90).
+DEVICE void stmatrix_x4(shared_t row, const u32 (&r)[4]) {
+#ifdef __CUDACC__
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+#else
+    host::aligned(row, 16, "stmatrix", __LINE__);
+    const auto rows = host::gather(row, __LINE__);
+    for (u32 i = 0; i < 4; ++i)
+        *reinterpret_cast<u32*>(rows[i * 8 + host::lane() / 4] + host::lane() % 4 * 4) = r[i];
+    host::wait(host::AT_WARP_BARRIER, __LINE__);  // no lane reads what another has yet to write
+#endif
+}
+
+// The same matrices transposed.
+DEVICE void stmatrix_x4_transposed(shared_t row, const u32 (&r)[4]) {
+#ifdef __CUDACC__
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+#else
+    host::aligned(row, 16, "stmatrix", __LINE__);
+    const auto rows = host::gather(row, __LINE__);
+    const u32 column = host::lane() / 4;
+    for (u32 i = 0; i < 4; ++i)
+        for (u32 h = 0; h < 2; ++h)
+            reinterpret_cast<unsigned short*>(rows[i * 8 + host::lane() % 4 * 2 + h])[column] =
+                static_cast<unsigned short>(r[i] >> 16 * h);
     host::wait(host::AT_WARP_BARRIER, __LINE__);
 #endif
 }
@@ -210,10 +243,108 @@ DEVICE void load_box(shared_t to, const TensorMap* map, shared_t barrier, int x,
 #endif
 }
 
+// The reverse: the box in shared memory goes to column x, row y; what would lie outside is dropped.
+// It belongs to the group that this thread closes next.
+DEVICE void store_box(const TensorMap* map, shared_t from, int x, int y) {
+#ifdef __CUDACC__
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
+                 ::"l"(map), "r"(from), "r"(x), "r"(y) : "memory");
+#else
+    host::store_box_later(map, from, x, y, __LINE__);
+#endif
+}
+
+DEVICE void store_box_commit() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#else
+    host::commit_stores();
+#endif
+}
+
+// Wait until all but PENDING of this thread's groups have been read: shared memory is free again.
+// A block must not end before.
+template <int PENDING> DEVICE void store_box_wait_read() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+#else
+    host::wait_stores(PENDING, false);
+#endif
+}
+
+// Wait until all but PENDING of this thread's groups are written.
+template <int PENDING> DEVICE void store_box_wait() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
+#else
+    host::wait_stores(PENDING, true);
+#endif
+}
+
 // What threads wrote to shared memory is seen by TMA and wgmma after this.
 DEVICE void fence_shared_async() {
 #ifdef __CUDACC__
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// ---- clusters: blocks side by side in x that reach one another's shared memory (sm_90)
+//
+// A kernel says `__cluster_dims__(N, 1, 1)`; its grid is a multiple of N. The emulator knows the
+// dynamic shared memory of the other blocks, not the static.
+
+DEVICE u32 cluster_rank() {
+#ifdef __CUDACC__
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+#else
+    return host::cluster_rank();
+#endif
+}
+
+// All threads of the cluster meet; what they wrote to shared memory is seen by all.
+DEVICE void cluster_sync() {
+#ifdef __CUDACC__
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    host::wait(host::AT_CLUSTER_BARRIER, __LINE__);
+#endif
+}
+
+// Where block `rank` of the cluster has what this block has at `address`.
+DEVICE shared_t in_cluster(shared_t address, u32 rank) {
+#ifdef __CUDACC__
+    shared_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+#else
+    return host::in_cluster(address, rank, __LINE__);
+#endif
+}
+
+// Arrive at a barrier of another block, whose address `in_cluster` gave.
+DEVICE void barrier_arrive_remote(shared_t barrier) {
+#ifdef __CUDACC__
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+#else
+    host::barrier_arrive_remote(barrier, __LINE__);
+#endif
+}
+
+// load_box into every block whose bit is in `blocks`, each counting the bytes off its own barrier
+// (sm_90a).
+DEVICE void load_box_multicast(shared_t to, const TensorMap* map, shared_t barrier, int x, int y, u32 blocks) {
+#ifdef __CUDACC__
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y),
+        "h"(static_cast<unsigned short>(blocks)) : "memory");
+#else
+    for (u32 rank = 0; blocks >> rank; ++rank)
+        if (blocks >> rank & 1)
+            host::load_box_later(host::in_cluster(to, rank, __LINE__), map,
+                                 host::in_cluster(barrier, rank, __LINE__), x, y, __LINE__);
 #endif
 }
 
