@@ -71,13 +71,14 @@ def parts(columns: Sequence[Array | Rows], rows: int) -> Iterator[list[Array]]:
     total = len(columns[0])
 
     def read(start: int) -> list[Array]:
-        return [_read(column, start, min(start + rows, total)) for column in columns]
+        return [read_rows(column, start, min(start + rows, total)) for column in columns]
 
     streamed = any(isinstance(column, Rows) for column in columns)
     return (_ahead if streamed else map)(read, range(0, total, rows))
 
 
-def _read(column: Array | Rows, start: int, stop: int, known: bool = False) -> Array:
+def read_rows(column: Array | Rows, start: int, stop: int, known: bool = False) -> Array:
+    """Rows `start` … `stop` − 1 of a column of either kind."""
     return column.read(start, stop, known) if isinstance(column, Rows) else column[start:stop]
 
 
@@ -230,7 +231,7 @@ class _Stream:
                 target[: len(left)] = source[left]
                 end = len(left)
                 for start, stop in blocks:
-                    target[end : end + stop - start] = _read(column, start, stop, self._known)
+                    target[end : end + stop - start] = read_rows(column, start, stop, self._known)
                     end += stop - start
             order = np.concatenate([np.arange(len(left)), len(left) + order])
             done += end - len(left)

@@ -144,10 +144,10 @@ def fit(
                     watching.tell("step_end")
                     loss_so_far = training.total / training.done
                     report.update(training.epoch, training.done, loss_so_far, val_loss)
-                if step.flush():
-                    watching.tell("step_end")
                 if run.interrupted:
                     break
+                if step.flush():
+                    watching.tell("step_end")
                 if not training.validating:
                     watching.tell("validation_begin")
                 training.validating = True

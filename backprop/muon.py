@@ -101,10 +101,11 @@ class MuonUpdate(Update):
             self.rest = Update(optimizer.others, *given, {*chosen, *frozen}, memory)
         self.momentum, self.nesterov = optimizer.momentum, optimizer.nesterov
         average = memory.zeros(layout.size, parameters.dtype)
-        self._scratch = self.state  # what SGD keeps, without momentum: of no use to a later step
+        # In place of what SGD keeps: without momentum that is of no use to a later step.
         self.state = {"muon_momentum": average, **(self.rest.state if self.rest else {})}
         views, averages = layout.views(gradient), layout.views(average)
         self._matrices = [(views[name], averages[name]) for name in chosen]
+        self._following: list[Array] = []  # the averages, once this step is applied
 
     def prepare(self, step: int) -> None:
         super().prepare(step)
@@ -116,24 +117,25 @@ class MuonUpdate(Update):
         """Each matrix's gradient becomes its step."""
         square = (self.gradient.astype("float64") ** 2).sum()
         if not math.isfinite(float(square)):
-            return  # the operators refuse it, and no average may take it in
+            return  # the operators refuse it
+        self._following = []
         for G, average in self._matrices:
-            average *= self.momentum
-            average += G * (1 - self.momentum)
-            mixed = G * (1 - self.momentum) + average * self.momentum if self.nesterov else average
+            new = average * self.momentum + G * (1 - self.momentum)
+            mixed = G * (1 - self.momentum) + new * self.momentum if self.nesterov else new
             G[...] = orthogonal(mixed) * math.sqrt(max(1.0, G.shape[0] / G.shape[1]))
+            self._following.append(new)
         if self.rest is not None:
             self.rest.before()
 
     def operator(self, backend: ModuleType, guard: Array) -> None:
-        state, self.state = self.state, self._scratch
         super().operator(backend, guard)
-        self.state = state
         if self.rest is not None:
             self.rest.operator(backend, guard)
 
     def after(self) -> None:
         super().after()
+        for (_, average), new in zip(self._matrices, self._following, strict=True):
+            average[...] = new
         if self.rest is not None:
             self.rest.after()
 

@@ -26,13 +26,12 @@ from backprop_kernels.errors import (
     OptionError,
 )
 
-from backprop.batches import Batches, Rows
+from backprop.batches import Batches, Rows, read_rows
 from backprop.callbacks import Callback, Training
 from backprop.memory import Memory
-from backprop.optimizers import Optimizer
 
 POSITION = ("epoch", "batch", "done", "total", "validating", "stop")  # of a `Training`
-SAMPLE_ROWS = 16  # at both ends of the data: enough to notice other rows, or another order
+SAMPLE_ROWS = 256  # of the data, to know it again
 
 
 class Checkpoint:
@@ -101,7 +100,6 @@ class Run:
         self.checkpoint, self._given = checkpoint, settings
         self.interrupts = Interrupts(self._breakable, terminate=checkpoint is not None)
         self._saved_at = time.monotonic(), training.step.steps
-        self._between_steps = self._position()
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -116,7 +114,7 @@ class Run:
             **{f"optimizer.{name}": value for name, value in options.items()},
             **self._given,
             "seed": source.seed, "shuffle": source.shuffle, "batch_size": source.size,
-            "rows": source.rows, "data": sample_of(source.columns, model.memory),
+            "rows": source.rows, "data": digest(source.columns, model.memory),
             "callbacks": [type(callback).__name__ for callback in self.callbacks],
         }  # fmt: skip
         return {name: repr(value) for name, value in everything.items()}
@@ -141,11 +139,6 @@ class Run:
             answered = self.interrupted and not self.interrupts.insisted
             answered = answered and isinstance(problem, KeyboardInterrupt | None)
             if answered:
-                if problem is not None and not self.training.validating:
-                    # The batches of a step that was broken off come again.
-                    self.training.step.abandon()
-                    for name, value in self._between_steps.items():
-                        setattr(self.training, name, value)
                 self.training.history.interrupted = True
                 self.save()
             return answered
@@ -173,9 +166,6 @@ class Run:
     def _breakable(self) -> bool:
         return self.training.step.running or self.training.validating
 
-    def _position(self) -> dict[str, Any]:
-        return {name: getattr(self.training, name) for name in POSITION}
-
     def batches(self) -> Iterator[tuple[int, Sequence[Array]]]:
         """(number in the fit, batch) of what is left of the epoch.
 
@@ -184,19 +174,16 @@ class Run:
         training, source = self.training, self.source
         first = training.epoch * -(-source.rows // source.size)
         for batch in islice(source.epoch(training.epoch), training.batch, None):
-            if self.interrupted and not training.step.pending:
+            if self.interrupted:
                 return
             yield first + training.batch, batch
             training.batch += 1
-            if not training.step.pending:
-                self._between_steps = self._position()
-                self._save_if_due()
+            self._save_if_due()
 
     def end_epoch(self) -> None:
         """The epoch is in the history and every callback knows: what follows is the next."""
         t = self.training
         t.epoch, t.batch, t.done, t.total = t.epoch + 1, 0, 0, 0.0
-        self._between_steps = self._position()
         every = self.checkpoint and self.checkpoint.epochs
         due = t.epoch == t.epochs or t.stop or (every and t.epoch % every == 0)
         if due and not self.interrupted:  # which saves by itself
@@ -222,9 +209,8 @@ class Run:
         tensors, text = encode(
             {
                 "settings": self.settings,
-                "position": self._position(),
+                "position": {name: getattr(t, name) for name in POSITION},
                 "step": t.step.state_dict(),
-                "optimizer": t.step.optimizer.options,
                 "history": {name: np.array(values) for name, values in t.history.items()},
                 "callbacks": [callback.state_dict() for callback in self.callbacks],
             },
@@ -285,11 +271,6 @@ class Run:
                 raise CheckpointMismatchError(
                     f"{where}: expected the run that is asked for, got {'; '.join(differences)}"
                 )
-            options = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in state["optimizer"].items()
-            }
-            optimizer = Optimizer(t.step.optimizer.rule, **options)
             history = {name: values.tolist() for name, values in state["history"].items()}
             position = {name: state["position"][name] for name in POSITION}
             for name, value in position.items():
@@ -305,23 +286,25 @@ class Run:
             raise CheckpointFormatError(
                 f"{where}: expected the state of a fit, got {problem!r}"
             ) from problem
-        t.step.optimizer.options.update(optimizer.options)
         t.history.update(history)
         for name, value in position.items():
             setattr(t, name, value)
         self._saved_at = time.monotonic(), t.step.steps
-        self._between_steps = self._position()
 
 
-def sample_of(columns: Sequence[Array | Rows], memory: Memory) -> str:
-    """A digest of the first and the last rows of every column."""
+def digest(columns: Sequence[Array | Rows], memory: Memory) -> str:
+    """Of each column its shape, its dtype and rows spread evenly over it, the first and the last.
+
+    So other data, more of it or another order is noticed, whatever its size, and a changed cell
+    most likely is not.
+    """
     import hashlib
 
     sha = hashlib.sha256()
     for column in columns:
         rows = len(column)
-        for start in (0, max(rows - SAMPLE_ROWS, 0)):
-            stop = min(start + SAMPLE_ROWS, rows)
-            part = column.read(start, stop) if isinstance(column, Rows) else column[start:stop]
+        sha.update(f"{tuple(column.shape)} {column.dtype.str};".encode())
+        for row in np.unique(np.linspace(0, rows - 1, min(rows, SAMPLE_ROWS)).astype(np.int64)):
+            part = read_rows(column, int(row), int(row) + 1)
             sha.update(np.ascontiguousarray(memory.numpy(part)).tobytes())
     return sha.hexdigest()[:16]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import isfinite, nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from backprop_kernels import checks
@@ -89,6 +89,16 @@ class Gradients:
         return arrays
 
 
+class Accumulated(NamedTuple):
+    """What the batches towards the next step sum up to. Replaced, never changed."""
+
+    gradient: Any = None  # Σ weights · gradient
+    mass: float = 0.0  # Σ weights
+    loss: float = 0.0  # Σ weights · loss
+    batches: int = 0
+    lr_factor: float = 1.0  # when the first of them began
+
+
 class TrainStep:
     """`step = TrainStep(model, loss, optimizer, batch_size)`; `loss = step(X, y)` trains once.
 
@@ -106,7 +116,8 @@ class TrainStep:
 
     Raises NonFiniteError when loss or gradient is not finite (DataError where X is the cause); the
     parameters, moments and running statistics are then those of the step before. An exception from
-    a signal (Ctrl-C) stops a long step within a second; `steps` says whether it was applied.
+    a signal (Ctrl-C) stops a long step within a second; `steps` says whether it was applied. If
+    not, that batch alone is undone.
     """
 
     def __init__(
@@ -141,17 +152,24 @@ class TrainStep:
         )
         self.steps = 0
         self.rows = 0  # of the last batch
-        self.pending = 0  # batches accumulated towards the next step
         self.loss = nan  # of the last batch
         self.running = False  # whether a signal's exception would be answered as `run` says
         self.accumulate = int(accumulate)
-        self._total = model.memory.zeros(model.layout.size if accumulate > 1 else 0, model.dtype)
-        self._mass = self._loss = 0.0  # of the pending batches: Σ weights, Σ weights · loss
+        self._sum = Accumulated()
         self._apart = accumulate > 1 or not self.update.fused
         self._captured: dict[tuple[int, ...], Callable[..., None]] = {}
         self._updating: Callable[[], None] | None = None
         # Forward moves running statistics before the step is known to be finite.
-        self._statistics = [(value, value.copy()) for value in model.statistics.values()]
+        self._statistics = list(model.statistics.values())
+        self._before_batch = [value.copy() for value in self._statistics]
+        self._before_step = (
+            self._before_batch if accumulate == 1 else [v.copy() for v in self._statistics]
+        )
+
+    @property
+    def pending(self) -> int:
+        """Batches accumulated towards the next step."""
+        return self._sum.batches
 
     def __call__(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Train on one batch: X (batch, in_features), y as the loss takes it → the loss."""
@@ -162,12 +180,16 @@ class TrainStep:
         """Train on arrays that `Gradients.inputs` has checked: X, target[, weight]."""
         program = self.prepare(*arrays)
         self.rows = len(arrays[0])
-        if not self.pending:
+        before = self._sum
+        self._copy(self._statistics, self._before_batch)
+        if not before.batches:
+            self._copy(self._before_batch, self._before_step)
             self._begin()
-        self.gradients.set_step(self.steps * self.accumulate + self.pending)
+        self.gradients.set_step(self.steps * self.accumulate + before.batches)
         try:
             self.running = True
             program(*arrays)
+            self.running = False
             value = self.loss = float(self.gradients.value)
             if self.accumulate > 1:
                 rest = [self.model.memory.numpy(array) for array in arrays[1:]]
@@ -178,10 +200,10 @@ class TrainStep:
                 self._apply()
         except BaseException:  # Ctrl-C: the optimizer, once begun, has run to its end
             self.running = False
-            self._end()
+            if not self._count():
+                self._sum = before
+                self._copy(self._before_batch, self._statistics)
             raise
-        finally:
-            self.running = False
         self._expect_applied(arrays[0])
         return value
 
@@ -192,81 +214,108 @@ class TrainStep:
         try:
             self._apply()
         except BaseException:
-            self._end()
+            self.running = False
+            self._count()
             raise
         self._expect_applied(None)
         return True
 
-    def abandon(self) -> None:
-        """Forget the batches accumulated so far."""
-        if self.pending:
-            self.norm[...] = nan
-            self._end()
-
     def state_dict(self) -> dict[str, Any]:
-        """What a later step depends on besides the model, between two steps."""
-        moments = {name: self.model.memory.numpy(value) for name, value in self.state.items()}
-        return {"steps": self.steps, "lr_factor": self.update.lr_factor, "moments": moments}
+        """What a later step depends on besides the model, between two batches."""
+        memory = self.model.memory
+        state = {
+            "steps": self.steps, "options": self.optimizer.options,
+            "lr_factor": self.update.lr_factor,
+            "moments": {name: memory.numpy(value) for name, value in self.state.items()},
+        }  # fmt: skip
+        if self.pending:
+            state["accumulated"] = self._sum._replace(gradient=memory.numpy(self._sum.gradient))
+            state["statistics"] = [memory.numpy(value) for value in self._before_step]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there. Nothing has changed where CheckpointMismatchError is raised."""
         checks.integer("TrainStep", "steps", state["steps"], 0)
-        moments, lr_factor = state["moments"], float(state["lr_factor"])
-        expected = {name: (value.shape, value.dtype) for name, value in self.state.items()}
-        if {name: (value.shape, value.dtype) for name, value in moments.items()} != expected:
+        options = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in state["options"].items()
+        }
+        Optimizer(self.optimizer.rule, **options)  # refuses what is wrong
+        lr_factor, moments = float(state["lr_factor"]), state["moments"]
+        batches = Accumulated(*state.get("accumulated", ()))
+        statistics = state.get("statistics", self._before_step)
+        ours, theirs = [*self.state.values(), *self._before_step], [*moments.values(), *statistics]
+        if batches.batches:
+            checks.integer("TrainStep", "accumulated", self.accumulate - batches.batches, 1)
+            ours, theirs = [*ours, self.gradients.flat], [*theirs, batches.gradient]
+        if list(moments) != list(self.state) or _kinds(ours) != _kinds(theirs):
             raise CheckpointMismatchError(
-                f"TrainStep: moments: expected {', '.join(expected)} of {self.optimizer.rule} for "
-                f"{self.model.layout.size} parameters, got others"
+                f"TrainStep: moments: expected {', '.join(self.state)} of {self.optimizer.rule} "
+                f"for {self.model.layout.size} parameters, got others"
             )
-        self.abandon()
-        for name, value in moments.items():
-            self.model.memory.fill(self.state[name], value)
-        self.steps, self.update.lr_factor = state["steps"], lr_factor
+        self.optimizer.options.update(options)
+        self.steps = state["steps"]
+        if batches.batches:
+            gradient = self.model.memory.zeros(self.gradients.flat.shape, self.model.dtype)
+            ours[-1] = gradient
+            batches = batches._replace(gradient=gradient)
+            self.update.lr_factor = batches.lr_factor
+            self._begin()
+        self._copy(theirs, ours)
+        self._sum, self.update.lr_factor = batches, lr_factor
 
     def _begin(self) -> None:
-        for statistic, before in self._statistics:
-            before[...] = statistic
         self.update.prepare(self.steps + 1)
         self.norm[...] = nan  # until the optimizer has run
 
+    def _copy(self, sources: Iterable[Array], targets: Iterable[Array]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self.model.memory.fill(target, source)
+
     def _add(self, value: float, mass: float) -> None:
-        """Take the gradient of one batch into the total."""
-        self._total += self.gradients.flat * self.model.dtype.type(mass)
-        self._mass += mass
-        self._loss += mass * value
-        self.pending += 1
+        """Take in the gradient of one batch, or (where a signal breaks this off) nothing of it."""
+        before = self._sum
+        gradient = self.gradients.flat * self.model.dtype.type(mass)
+        lr_factor = self.update.lr_factor
+        if before.batches:
+            gradient += before.gradient
+            lr_factor = before.lr_factor
+        self._sum = Accumulated(
+            gradient, before.mass + mass, before.loss + mass * value, before.batches + 1, lr_factor
+        )
 
     def _apply(self) -> None:
         """The update as a program of its own, with what no operator does before it."""
         if self.pending:
-            mass = self._mass or 1.0  # 0 where every row was ignored: so is the gradient
-            np.multiply(self._total, self.model.dtype.type(1 / mass), out=self.gradients.flat)
-            self.gradients.value[...] = self._loss / mass
+            total = self._sum
+            mass = total.mass or 1.0  # 0 where every row was ignored: so is the gradient
+            np.multiply(total.gradient, self.model.dtype.type(1 / mass), out=self.gradients.flat)
+            self.gradients.value[...] = total.loss / mass
         if isfinite(self.gradients.value):
+            self.running = True
             self.update.before()
+            self.running = False
         if self._updating is None:
             backend, guard = self.model.backend, self.gradients.value
             self._updating = backend.capture(lambda: self.update.operator(backend, guard))
         self._updating()
 
-    def _end(self) -> bool:
-        """Count the step where it was applied, else take back what forward moved."""
+    def _count(self) -> bool:
+        """Whether the optimizer has run, on finite numbers; then that was a step."""
         if self.accumulate == 1:
             self.loss = float(self.gradients.value)
-        self._total[...] = 0
-        self.pending, self._mass, self._loss = 0, 0.0, 0.0
         applied = isfinite(self.norm) and isfinite(self.gradients.value)
         if applied:
+            self._sum = Accumulated()
             self.steps += 1
             self.update.after()
-        else:
-            for statistic, before in self._statistics:
-                statistic[...] = before
         return applied
 
     def _expect_applied(self, X: Array | None) -> None:
-        if self._end():
+        if self._count():
             return
+        self._sum = Accumulated()
+        self._copy(self._before_step, self._statistics)
         if X is not None:
             refuse_non_finite("TrainStep", "X", self.model.memory.numpy(X))
         raise NonFiniteError(
@@ -308,6 +357,10 @@ class TrainStep:
 
         captured: Callable[..., None] = backend.capture(step, *arrays)
         return captured
+
+
+def _kinds(arrays: Iterable[Array]) -> list[tuple[Any, Any]]:
+    return [(array.shape, array.dtype) for array in arrays]
 
 
 def value_and_grad(

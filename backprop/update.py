@@ -96,6 +96,7 @@ class Update:
         rule = OPTIMIZERS[optimizer.rule]
         self.memory = memory
         self.state = {name: memory.zeros(layout.size, parameters.dtype) for name in rule.state}
+        self._moments = tuple(self.state.values())
         self.norm = memory.zeros((), np.dtype(np.float64))
         self.lr_factor = 1.0  # of a schedule
         trained = {n: t for n, t in treatments(optimizer, layout).items() if n not in frozen}
@@ -160,7 +161,7 @@ class Update:
     def operator(self, backend: ModuleType, guard: Array) -> None:
         """`optimizer_step`, to be captured."""
         backend.optimizer_step(
-            self.parameters, self.gradient, tuple(self.state.values()), self._placed,
+            self.parameters, self.gradient, self._moments, self._placed,
             self.optimizer.rule, guard, out=self.norm, spans=self.spans,
         )  # fmt: skip
 

@@ -85,7 +85,11 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "accumulated": lambda: {
         "optimizer": bp.SGD(lr=0.1, momentum=0.9), "batch_size": 5, "accumulate": 3,
-        "schedule": bp.Plateau("loss", patience=1, factor=0.5), "ema": 0.5,
+        "schedule": bp.Schedule("cosine", warmup=1), "ema": 0.5,
+    },
+    "plateau": lambda: {
+        "optimizer": bp.Muon(lr=0.1), "batch_size": 8, "input_noise": 0.1,
+        "schedule": bp.Plateau("loss", patience=1, factor=0.5),
     },
 }  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES)
@@ -152,6 +156,56 @@ def test_ctrl_c_at_any_step_returns_and_can_be_resumed(case: str, tmp_path: Path
         assert not again[1].interrupted
 
 
+class Signals:
+    """SIGINT at the `at`-th line that runs of a training step, from its batch `first` on."""
+
+    FILES = ("step.py", "update.py", "muon.py")
+
+    def __init__(self, at: int, first: int, batches: int) -> None:
+        self.left, self.lines = at, 0
+        self.wanted = range(first, first + batches)
+        self.seen = -1
+        self.place = ""
+
+    def call(self, frame: Any, event: str, argument: Any) -> Any:
+        if os.path.basename(frame.f_code.co_filename) not in self.FILES:
+            return None
+        self.seen += frame.f_code is bp.TrainStep.run.__code__
+        return self.line if self.seen in self.wanted else None
+
+    def line(self, frame: Any, event: str, argument: Any) -> Any:
+        if event == "line":
+            self.lines += 1
+            self.left -= 1
+            if self.left == 0:
+                self.place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                ctrl_c()
+        return self.line
+
+    def __enter__(self) -> Signals:
+        sys.settrace(self.call)
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        sys.settrace(None)
+
+
+@cases
+def test_broken_off_at_any_line_of_a_step(case: str, tmp_path: Path) -> None:
+    """Whole or not at all, and every callback has seen each batch once."""
+    expected = bits(train(None, case))
+    batches = 3 if case == "accumulated" else 1  # a step
+    with Signals(0, batches, batches) as counting:
+        assert bits(train(None, case)) == expected
+    assert counting.lines > 40 * batches
+    for at in range(1, counting.lines + 1, 5):
+        folder = tmp_path / str(at)
+        saved = bp.Checkpoint(folder, seconds=1e9)
+        with Signals(at, batches, batches) as signals:
+            assert train(folder, case, checkpoint=saved)[1].interrupted, signals.place
+        assert bits(train(folder, case, resume=True)) == expected, signals.place
+
+
 def test_interrupted_again_and_again(tmp_path: Path) -> None:
     expected = bits(train(None, "everything"))
     for _ in range(100):
@@ -213,6 +267,28 @@ def test_a_checkpoint_is_a_model(tmp_path: Path) -> None:
     assert history.epochs == 3
 
 
+def test_data_is_known_by_rows_of_all_its_parts() -> None:
+    """In memory or streamed alike; other rows, another order or another type is other data."""
+    from backprop.batches import Rows
+    from backprop.memory import HOST
+    from backprop.resume import SAMPLE_ROWS, digest
+
+    rows = 5 * SAMPLE_ROWS
+    data = np.arange(3.0 * rows).reshape(rows, 3)
+    known = digest([data], HOST)
+    streamed = Rows(data, lambda part, known: np.ascontiguousarray(part))
+    assert digest([streamed], HOST) == known == digest([np.asfortranarray(data)], HOST)
+    swapped = np.concatenate([data[: rows // 3], data[rows // 3 :][::-1]])
+    others = [data[:-1], data.astype(np.float32), data.reshape(-1, 1), swapped, data + 1e-9]
+    assert len({known, *(digest([other], HOST) for other in others)}) == 1 + len(others)
+    for row in (0, rows // 2, rows - 1):
+        changed = data.copy()
+        changed[max(row - 5, 0) : row + 5] = 0
+        assert digest([changed], HOST) != known, row
+    assert digest([data, data[:, 0]], HOST) != digest([data[:, 0], data], HOST)
+    assert digest([data[:1]], HOST) != digest([data[:0]], HOST)
+
+
 PROGRAM = """
 import sys
 import time
@@ -272,6 +348,8 @@ def test_a_process_that_is_ended_by_a_signal(number: int, tmp_path: Path) -> Non
         ({"loss": bp.Loss("cross_entropy", label_smoothing=0.1)}, "loss: .* there, .*0.1"),
         ({"ema": 0.9}, r"callbacks: \['Remembers'\] there, \['EMA', 'Remembers'\] here"),
         ({"X": X[::-1]}, "data: .* there, .* here"),
+        ({"X": np.concatenate([X[:11], X[11:12] + 0.01, X[12:]])}, "data: .* there, .* here"),
+        ({"y": np.roll(ids, 1)}, "data: .* there, .* here"),
         ({"X": X[:20], "y": ids[:20]}, "rows: 23 there, 20 here; data: "),
         ({"model": bp.MLP([4, 6, 3], device="reference")}, "layers: .*BatchNorm.* there"),
         ({"model": bp.MLP([4, 6, 3], device="reference", dtype="float64")}, "dtype: 'float32'"),
