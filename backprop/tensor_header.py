@@ -30,7 +30,7 @@ NUMPY_DTYPES = {
 }
 
 MAX_HEADER = 4 * 2**20
-MAX_TENSORS = 10_000
+MAX_TENSORS = 4_000
 MAX_DIMENSIONS = 32
 # Without its zeros, even the shape of an empty tensor must fit an address space: NumPy overflows.
 MAX_BYTES = 2**47
@@ -216,6 +216,8 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _short_integer(digits: str, most: int = 19) -> int:
     if len(digits) > most:
         raise ValueError(f"an integer of {len(digits)} digits")
+    if digits == "-0":  # JSON's, but to other readers a float
+        _no_number(digits)
     return int(digits)
 
 
