@@ -16,7 +16,8 @@ from backprop_kernels.losses import LOSSES
 
 from backprop import __version__
 from backprop.cli import doctor, export, gradcheck, plot, tables
-from backprop.cli.fit import add_fit, apply_config
+from backprop.cli.config import apply_config
+from backprop.cli.fit import add_fit
 from backprop.cli.options import ROWS, add_model_and_data, add_network, option
 
 

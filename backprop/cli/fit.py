@@ -1,26 +1,18 @@
-"""The options of `backprop fit`, in groups, and the TOML file that may hold them."""
+"""The options of `backprop fit`, in groups."""
 
 from __future__ import annotations
 
 import argparse
-import re
-import tomllib
-from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from backprop_kernels.errors import OptionError
 from backprop_kernels.optimizers import OPTIMIZERS
 
 from backprop.cli import tables
-from backprop.cli.options import ROWS, add_network, add_refused, names, option, widths
+from backprop.cli.options import ROWS, add_network, add_refused, names, option
 from backprop.evaluation import METRICS
 from backprop.schedules import NAMES as SCHEDULE_NAMES
 from backprop.table.encoding import TASKS
-
-NOT_IN_A_FILE = ("help", "config")
 
 
 def add_fit(commands: Any) -> argparse.ArgumentParser:
@@ -33,7 +25,9 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
         formatter_class=partial(argparse.HelpFormatter, max_help_position=27),
     )
     fit.add_argument("data", metavar="DATA", help=ROWS)
-    fit.add_argument("--config", metavar="FILE", help="TOML with these options; flags win over it")
+    fit.add_argument(
+        "--config", metavar="FILE", help="TOML with these options and more; flags win over it"
+    )
     fit.add_argument("-q", "--quiet", action="store_true", help="print problems only")
 
     columns = fit.add_argument_group("columns and rows")
@@ -53,7 +47,7 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
     training = fit.add_argument_group("training")
     training.add_argument("--loss", choices=tables.LOSS_NAMES, metavar="NAME",
                           help=f"{', '.join(tables.LOSS_NAMES)}; default: by task")  # fmt: skip
-    option(training, "--optimizer", "Adam", ", ".join(OPTIMIZERS), metavar="NAME")
+    option(training, "--optimizer", "Adam", ", ".join([*OPTIMIZERS, "Muon"]), metavar="NAME")
     for name in ("--lr", "--weight-decay"):
         training.add_argument(name, type=float, metavar="F", help="default: the optimizer's")
     option(training, "--epochs", 20, "passes over the rows", type=int, metavar="N")
@@ -86,74 +80,6 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
     files.add_argument("--plot", metavar="FILE", help="default: OUTPUT with .png, by matplotlib")
     files.add_argument("--log", metavar="FILE", help="every epoch as it ends: .csv or .jsonl")
     files.add_argument("--tensorboard", metavar="DIR", help="every epoch, for TensorBoard")
-    fit.set_defaults(run=tables.fit)
+    # What only a file can say.
+    fit.set_defaults(run=tables.fit, early_stopping=None, eval_set={})
     return fit
-
-
-def apply_config(fit: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Make what the `--config` file of these arguments says the defaults of the parser.
-
-    Raises OptionError, with file and line, for what no option would accept.
-    """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(arguments)[0].config
-    if path is None:
-        return
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        settings = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
-        raise OptionError(f"{path}: expected TOML, got {problem}") from None
-    actions = {_name(a): a for a in fit._actions if _name(a) not in NOT_IN_A_FILE}
-    lines: dict[str, str] = {}
-    for name, value in settings.items():
-        where = lines[name] = f"{path}: line {_line(text, name)}: {name}"
-        if name not in actions:
-            close = get_close_matches(name.replace("_", "-"), actions, 1) or [", ".join(actions)]
-            raise OptionError(f"{where}: expected an option of `backprop fit`; try {close[0]}")
-        actions[name].default = _value(actions[name], value, where)
-        actions[name].required = False
-        if not actions[name].option_strings:
-            actions[name].nargs = "?"
-    given = {argument.partition("=")[0] for argument in arguments}
-    for group in fit._mutually_exclusive_groups:
-        together = [_name(action) for action in group._group_actions if _name(action) in settings]
-        if len(together) > 1:
-            raise OptionError(f"{lines[together[1]]}: expected not both this and {together[0]}")
-        if together and given & {flag for a in group._group_actions for flag in a.option_strings}:
-            actions[together[0]].default = None  # the flag speaks of the same thing
-
-
-def _name(action: argparse.Action) -> str:
-    """What an option is called in the file: its longest flag without dashes."""
-    return max(action.option_strings, key=len, default=action.dest).lstrip("-")
-
-
-def _line(text: str, name: str) -> int:
-    """The line where a key of the top level is set."""
-    key = re.compile(rf"""\s*["'\[]*{re.escape(name)}["'\]]*\s*(=|\.|$)""")
-    lines = text.splitlines()
-    return next((i for i, line in enumerate(lines, 1) if key.match(line)), 1)
-
-
-def _value(action: argparse.Action, value: Any, where: str) -> Any:
-    """The value as the flag would have given it."""
-    if isinstance(action.default, bool) or isinstance(value, bool):
-        if not (isinstance(action.default, bool) and isinstance(value, bool)):
-            expected = "true or false" if isinstance(action.default, bool) else "a value"
-            raise OptionError(f"{where}: expected {expected}, got {value!r}")
-        return value
-    if isinstance(value, list) and action.type in (names, widths):
-        value = ",".join(map(str, value)) or "none"
-    if not isinstance(value, str | int | float):
-        raise OptionError(f"{where}: expected a number or text, got {value!r}")
-    try:
-        parsed = action.type(str(value)) if callable(action.type) else str(value)
-    except (ValueError, argparse.ArgumentTypeError) as problem:
-        kind = {int: "an integer", float: "a number"}.get(action.type, "")  # type: ignore[call-overload]
-        expected = f"expected {kind}, got {value!r}" if kind else str(problem)
-        raise OptionError(f"{where}: {expected}") from None
-    if action.choices is not None and parsed not in action.choices:
-        raise OptionError(f"{where}: expected {', '.join(action.choices)}, got {value!r}")
-    return parsed

@@ -45,7 +45,8 @@ def _random(options: Namespace) -> tuple[Any, Array, Array, str]:
     outputs = 3 if loss == "cross_entropy" else 2
     model = MLP(
         [FEATURES, *options.hidden, outputs], options.activation, options.dropout, options.norm,
-        dtype=options.dtype, device=options.device, seed=options.seed,
+        input_dropout=options.input_dropout, dtype=options.dtype, device=options.device,
+        seed=options.seed,
     )  # fmt: skip
     rng = np.random.default_rng(options.seed)
     X = rng.standard_normal((options.rows, FEATURES))

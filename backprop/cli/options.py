@@ -28,6 +28,7 @@ def add_network(command: argparse.ArgumentParser, hidden: str) -> None:
            type=widths, metavar="N,…")  # fmt: skip
     option(network, "--activation", "relu", f"one of {', '.join(ACTIVATIONS)}", metavar="NAME")
     option(network, "--dropout", 0.0, "rate after every hidden layer", type=float, metavar="P")
+    option(network, "--input-dropout", 0.0, "and of the input", type=float, metavar="P")
     network.add_argument(
         "--norm", choices=NORMS, metavar="KIND",
         help=f"{', '.join(NORMS)}: normalise before every activation",

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from backprop_kernels.errors import DataError, OptionError
 
+from backprop.cli.config import optimizer
 from backprop.fit import fit as train_model
 from backprop.logs import CSVLog, JSONLog, Log, TensorBoard
+from backprop.losses import resolve_loss
 from backprop.metrics import accuracy, auc, log_loss, mae, r2, rmse
 from backprop.model import MLP, Sequential, load
-from backprop.optimizers import Optimizer, resolve_optimizer
+from backprop.optimizers import Optimizer
 from backprop.schedules import Plateau, Schedule
 from backprop.table import Encoder, Table, read_table
 
@@ -44,32 +46,39 @@ def fit(options: Namespace) -> None:
     output, history_file, plot_file = _files(options)
     logs = _logs(options)
     train, valid, encoder = _read_training(options)
-    loss = options.loss or LOSSES_OF_TASK[encoder.task][0]
-    if loss not in LOSSES_OF_TASK[encoder.task]:
+    loss = resolve_loss(options.loss or LOSSES_OF_TASK[encoder.task][0])
+    if loss.name not in LOSSES_OF_TASK[encoder.task]:
         expected = " or ".join(LOSSES_OF_TASK[encoder.task])
         raise OptionError(
-            f"fit: --loss: expected {expected} for {encoder.task}, got {loss}; "
+            f"fit: --loss: expected {expected} for {encoder.task}, got {loss.name}; "
             "--task says how to take the target"
         )
-    optimizer = _optimizer(options)
+    chosen = _optimizer(options)
     sizes = [len(encoder.feature_names), *options.hidden, encoder.outputs]
     model = MLP(
         sizes, options.activation, options.dropout, options.norm,
-        dtype=options.dtype, device=options.device, seed=options.seed,
+        input_dropout=options.input_dropout, dtype=options.dtype, device=options.device,
+        seed=options.seed,
     )  # fmt: skip
     model.encoder = encoder
     batch_size = options.batch_size or min(max(len(train) // 100, 16), 1024)
     say(_inferred(train, encoder))
     say(
         f"network {'-'.join(map(str, sizes))}, {options.activation}: {model.n_parameters:,} "
-        f"parameters; {loss}, {optimizer.rule} lr {optimizer.lr:g}, batches of {batch_size:,}"
+        f"parameters; {loss.name}, {repr(chosen).partition('(')[0]} lr {chosen.lr:g}, "
+        f"batches of {batch_size:,}"
     )
-    held_out = None if valid is None else (encoder.transform(valid), encoder.encode_target(valid))
+    judged = {"val": valid} if valid is not None else {}
+    for name, file in options.eval_set.items():
+        judged[name] = _read_like(encoder, file, options.max_refused)
+        _report_refused(judged[name])
     history = train_model(
-        model, encoder.transform(train), encoder.encode_target(train), loss, optimizer,
-        options.epochs, batch_size, eval_set=held_out, metrics=options.metrics,
-        class_weight=options.class_weight, schedule=_schedule(options),
-        early_stopping=options.patience, clip_norm=options.clip_norm,
+        model, encoder.transform(train), encoder.encode_target(train), loss, chosen,
+        options.epochs, batch_size,
+        eval_set={k: (encoder.transform(v), encoder.encode_target(v)) for k, v in judged.items()},
+        metrics=options.metrics, class_weight=_class_weight(options, encoder),
+        schedule=_schedule(options), early_stopping=options.patience or options.early_stopping,
+        clip_norm=options.clip_norm,
         accumulate=options.accumulate, input_noise=options.input_noise, ema=options.ema,
         callbacks=logs, checkpoint=options.checkpoint, resume=options.resume,
         progress=False if options.quiet else "lines", seed=options.seed,
@@ -77,9 +86,10 @@ def fit(options: Namespace) -> None:
     model.save(output)
     history.save(history_file)
     if plot_file is not None and history.epochs:
-        history.plot(plot_file, title=f"{encoder.target.name}: {loss}")
-    part, name = (train, "training") if valid is None else (valid, "validation")
-    say(f"{name}, {len(part):,} rows: {_listed(scores(model, part))}")
+        history.plot(plot_file, title=f"{encoder.target.name}: {loss.name}")
+    for name, part in (judged or {"training": train}).items():
+        shown = "validation" if name == "val" else name
+        say(f"{shown}, {len(part):,} rows: {_listed(scores(model, part))}")
     written = [str(file) for file in (output, history_file, plot_file) if file is not None]
     say(f"wrote {', '.join(written)}")
     if history.interrupted:
@@ -197,9 +207,23 @@ def _read_like(encoder: Encoder, path: str, max_refused: float, target: str | No
 
 
 def _optimizer(options: Namespace) -> Optimizer:
-    given = {"lr": options.lr, "weight_decay": options.weight_decay}
-    rule = resolve_optimizer(options.optimizer).rule
-    return Optimizer(rule, **{name: value for name, value in given.items() if value is not None})
+    said = options.optimizer if isinstance(options.optimizer, dict) else {"name": options.optimizer}
+    flags = {"lr": options.lr, "weight_decay": options.weight_decay}
+    return optimizer(**said | {name: value for name, value in flags.items() if value is not None})
+
+
+def _class_weight(options: Namespace, encoder: Encoder) -> Any:
+    """As `fit` takes it: by number, where the file has names of classes."""
+    if not isinstance(options.class_weight, dict):
+        return options.class_weight
+    numbers = {str(name): number for number, name in enumerate(encoder.classes)}
+    unknown = [name for name in options.class_weight if name not in numbers]
+    if unknown:
+        raise OptionError(
+            f"fit: class-weight: expected classes of {encoder.target.name} "
+            f"({', '.join(numbers) or 'none'}), got {', '.join(unknown)}"
+        )
+    return {numbers[name]: weight for name, weight in options.class_weight.items()}
 
 
 def _files(options: Namespace) -> tuple[Path, Path, Path | None]:
@@ -220,6 +244,10 @@ def _files(options: Namespace) -> tuple[Path, Path, Path | None]:
 
 
 def _schedule(options: Namespace) -> Schedule | Plateau | None:
+    if isinstance(options.schedule, Schedule | Plateau):
+        if options.warmup:
+            raise OptionError("fit: --warmup: expected it in the table of schedule, got both")
+        return options.schedule
     if options.schedule == "plateau":
         return Plateau(warmup=options.warmup)
     if options.schedule is None and not options.warmup:

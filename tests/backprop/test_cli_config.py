@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import backprop as bp
-from backprop.cli import main, parser
+from backprop.cli import main, parser, tables
 from tests.backprop.test_cli import write_rows
 
 CONFIG = """\
@@ -52,6 +53,87 @@ def test_a_file_does_what_its_flags_do(config: Path, capsys: pytest.CaptureFixtu
     assert len(list((folder / "events").iterdir())) == 1
 
 
+TABLES = """\
+[optimizer]
+name = "AdamW"
+lr = 5.0
+l1 = 1e-4
+clip_value = 0.5
+max_norm = 2.0
+groups."*.bias".lr_scale = 0.5
+
+[schedule]
+name = "cosine"
+warmup = 0.5
+
+[ema]
+decay = 0.9
+
+[early_stopping]
+monitor = "test_auc"
+patience = 2
+
+[checkpoint]
+folder = "{folder}/run"
+steps = 5
+
+[class_weight]
+0 = 2
+1 = 1.5
+
+[eval_set]
+test = "{folder}/people.csv"
+"""
+
+
+def test_tables_build_what_python_takes(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = config.parent, {}
+
+    def spy(*given: Any, **options: Any) -> bp.History:
+        seen.update(options, loss=given[3], optimizer=given[4])
+        return bp.fit(*given, **options)
+
+    monkeypatch.setattr(tables, "train_model", spy)
+    plain = config.read_text().replace("lr = 1e-2\n", 'metrics = "auc"\ninput_dropout = 0.1\n')
+    config.write_text(plain.replace("quiet = true\n", "") + TABLES.format(folder=folder))
+    assert main(["fit", "--config", str(config), "--lr", "0.01"]) == 0
+    assert repr(seen["optimizer"]) == repr(
+        bp.AdamW(
+            lr=0.01, l1=1e-4, clip_value=0.5, max_norm=2.0, groups={"*.bias": {"lr_scale": 0.5}}
+        )
+    )  # fmt: skip
+    assert (seen["schedule"].warmup, seen["ema"].decay) == (0.5, 0.9)
+    assert (seen["early_stopping"].patience, seen["early_stopping"].monitor.key) == (2, "test_auc")
+    assert (seen["checkpoint"].steps, seen["checkpoint"].epochs) == (5, None)
+    assert seen["class_weight"] == {0: 2, 1: 1.5}
+    history = bp.History.read(folder / "m.history.json")
+    assert {"val_loss", "val_auc", "test_loss", "test_auc"} <= set(history)
+    model = bp.load(folder / "m.safetensors", "reference")
+    assert isinstance(model.layers[0], bp.Dropout) and model.layers[0].rate == 0.1
+    printed = capsys.readouterr().out
+    assert "AdamW lr 0.01" in printed and "test, 300 rows: AUC" in printed
+    assert len(list((folder / "run").iterdir())) == 2
+
+    config.write_text(plain + "[class-weight]\nmaybe = 3\n")
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "expected classes of late (0, 1), got maybe" in capsys.readouterr().err
+    config.write_text(plain + "[schedule]\nname = 'step'\n")
+    assert main(["fit", "--config", str(config), "--warmup", "1"]) == 2
+    assert "--warmup: expected it in the table of schedule" in capsys.readouterr().err
+
+
+def test_muon_from_a_flag_and_from_a_table(config: Path) -> None:
+    config.write_text(config.read_text().replace("lr = 1e-2\n", ""))
+    assert main(["fit", "--config", str(config), "--optimizer", "Muon", "--lr", "0.02"]) == 0
+    flag = (config.parent / "m.safetensors").read_bytes()
+    text = '[optimizer]\nname = "Muon"\nothers = { name = "AdamW", lr = 3e-4 }\n'
+    config.write_text(config.read_text() + text)
+    assert main(["fit", "--config", str(config)]) == 0
+    assert (config.parent / "m.safetensors").read_bytes() == flag
+
+
 def test_flags_win_over_the_file(config: Path) -> None:
     arguments = ["fit", "other.csv", f"--config={config}", "--lr", "0.5", "--drop", "age"]
     options = parser(arguments).parse_args(arguments)
@@ -71,7 +153,8 @@ def test_every_option_may_stand_in_a_file(config: Path) -> None:
     lines = [
         f'{name.replace("_", "-")} = "{"none" if name == "hidden" else value}"'
         for name, value in plain.items()
-        if name not in ("config", "run", "quiet", "resume", "drop", "metrics") and value is not None
+        if name not in ("config", "run", "quiet", "resume", "drop", "metrics", "eval_set")
+        and value is not None
     ]
     config.write_text("\n".join([*lines, "quiet = false"]))
     assert {**vars(parser(arguments).parse_args(arguments)), "hidden": [128, 64]} == plain
@@ -79,7 +162,27 @@ def test_every_option_may_stand_in_a_file(config: Path) -> None:
 
 WRONG = {
     "epoch = 3": "line 2: epoch: expected an option of `backprop fit`; try epochs",
-    "batch_size = 3": "line 2: batch_size: expected an option of `backprop fit`; try batch-size",
+    "batch_size = 3\nbatch-size = 3": "line 3: batch-size: expected each option once, got",
+    "[optimizer]\nlr = 1": "line 2: optimizer: expected name = …, got lr",
+    "[optimizer]\nname = 'adamw'\n# lr = 'x'\nlr = 'x'": "line 5: optimizer.lr: AdamW: lr:",
+    "[optimizer]\nlrr = 1\nname = 'SGD'": "line 3: optimizer.lrr: SGD: expected options lr, mom",
+    "[optimizer]\nname = 'Best'": "line 3: optimizer.name: optimizer: rule: expected",
+    "optimizer = {name = 'SGD', l1 = -1}": "line 2: optimizer.l1: SGD: l1: expected a number ≥ 0",
+    "[optimizer]\nname = 'SGD'\n[optimizer.groups.'*.bias']\nlr = 2": (
+        "line 4: optimizer.groups: SGD: groups['*.bias']: expected options lr_scale"
+    ),
+    "[optimizer]\nname = 'muon'\nbeta = 1": "line 4: optimizer.beta: expected one of lr, momentum",
+    "[optimizer]\nname = 3": "line 3: optimizer.name: ",
+    "[checkpoint]\nseconds = 6": "line 2: checkpoint: expected folder = …, got seconds",
+    "checkpoint.folder = 'r'\ncheckpoint.step = 6": "line 3: checkpoint.step: expected one of",
+    "[checkpoint]\nfolder = 'r'\nkeep = 1": "line 4: checkpoint.keep: Checkpoint: keep: expected",
+    "[early_stopping]\npatience = 0": "line 3: early_stopping.patience: EarlyStopping: patience",
+    "[schedule]\nname = 'step'\nend = 1": "line 4: schedule.end: Schedule: expected options warmup",
+    "[schedule]\nname = 'plateau'\nfactor = 2": "line 4: schedule.factor: Plateau: factor",
+    "[ema]\ndecay = 2": "line 3: ema.decay: EMA: decay: expected a number in [0, 1), got 2",
+    "[loss]\nname = 'focal'\nalpha = 'x'": "line 4: loss.alpha: Loss focal: alpha: expected",
+    "[eval-set]\nval = 'v.csv'": "line 3: eval-set.val: expected a name other than",
+    "[class-weight]\nyes = -1": "line 3: class-weight.yes: expected a number ≥ 0, got -1",
     "[training]\nlr = 1": "line 2: training: expected an option of `backprop fit`; try ",
     "lr = 'fast'": "line 2: lr: expected a number, got 'fast'",
     "epochs = 2.5": "line 2: epochs: expected an integer, got 2.5",
