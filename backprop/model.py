@@ -272,6 +272,18 @@ class Sequential:
         parse_text(architecture, "save: architecture")  # what could not be read is not written
         return self.state_dict(), {"format": "pt", ARCHITECTURE: architecture}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle` within a program; `save` is for files."""
+        kept = {name: getattr(self, name) for name in ("layers", "device", "frozen", "encoder")}
+        return {**kept, "dtype": str(self.dtype), "tensors": self.state_dict()}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        Sequential.__init__(
+            self, state["layers"], dtype=state["dtype"], device=state["device"], seed=None
+        )
+        self.frozen, self.encoder = set(state["frozen"]), state["encoder"]
+        self.load_state_dict(state["tensors"])
+
     def __repr__(self) -> str:
         inner = ", ".join(map(repr, self.layers))
         return f"{type(self).__name__}([{inner}], dtype={str(self.dtype)!r})"

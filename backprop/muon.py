@@ -9,15 +9,16 @@ in between are array code.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import ModuleType
+from typing import Any
 
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import KindError, OptionError
 
 from backprop.arena import Layout
 from backprop.memory import Memory
-from backprop.optimizers import Optimizer
+from backprop.optimizers import Optimizer, check_option
 from backprop.update import Update, matching
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic; all singular values to about 1
@@ -44,16 +45,31 @@ class Muon(Optimizer):
         matrices: str | None = None,
         others: Optimizer | None = None,
     ) -> None:
-        if not isinstance(nesterov, bool):
-            raise OptionError(f"Muon: nesterov: expected True or False, got {nesterov!r}")
+        for name, value, default in (("lr", lr, 0.0), ("nesterov", nesterov, True),
+                                     ("weight_decay", weight_decay, 0.0)):  # fmt: skip
+            check_option("Muon", name, value, default)
         if isinstance(momentum, bool) or not isinstance(momentum, float) or not 0 <= momentum < 1:
             raise OptionError(f"Muon: momentum: expected a number in [0, 1), got {momentum!r}")
         if others is not None and not isinstance(others, Optimizer):
             raise KindError(f"Muon: others: expected an optimizer, got {type(others).__name__}")
         # p − lr (g + decay p): with an orthogonal g, plain SGD is Muon's last line.
         super().__init__("SGD", lr=lr, weight_decay=weight_decay)
+        self.rule = "Muon"
         self.momentum, self.nesterov, self.matrices = momentum, nesterov, matrices
         self.others = Optimizer("AdamW", lr=3e-4) if others is None else others
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "momentum": self.momentum, "nesterov": self.nesterov, "matrices": self.matrices,
+            "others": (self.others.rule, self.others.settings()),
+        }  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "others": self.others.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.others.load_state_dict(state["others"])
 
     def __repr__(self) -> str:
         return (

@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "max_norm": None,  # each neuron's incoming weights to this L2 norm, after the step
     "groups": {},  # name or pattern of tensors: {option of `GROUP`: value}
 }
+NAMES = (*OPTIMIZERS, "Muon")  # what `resolve_optimizer` knows
 GROUP = ("lr_scale", "weight_decay", "l1", "l2", "max_norm")
 
 
@@ -41,10 +42,11 @@ class Optimizer:
             if name == "groups":
                 _check_groups(rule, value, known)
             elif name in known:
-                _check(rule, name, value, known[name])
+                check_option(rule, name, value, known[name])
             else:
                 _check_common(rule, name, value)
         self.rule = rule
+        self.operator_rule = rule  # what `optimizer_step` applies
         self.common = {**COMMON, **{k: v for k, v in options.items() if k in COMMON}}
         self.options: dict[str, Any] = {
             **known, **{k: v for k, v in options.items() if k in known}
@@ -57,12 +59,24 @@ class Optimizer:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        _check(self.rule, "lr", value, 0.0)
+        check_option(self.rule, "lr", value, 0.0)
         self.options["lr"] = value
 
     def scalars(self, step: int, **changes: Any) -> tuple[float, ...]:
         """The numbers of step `step` (from 1), with other values for some options."""
-        return OPTIMIZERS[self.rule].scalars(step, **{**self.options, **changes})
+        return OPTIMIZERS[self.operator_rule].scalars(step, **{**self.options, **changes})
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the learning rate, which may change during a fit."""
+        return {name: v for name, v in (self.options | self.common).items() if name != "lr"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What may change during a fit."""
+        return {"lr": self.lr}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.lr = state["lr"]
 
     def __repr__(self) -> str:
         shown = self.options | {k: v for k, v in self.common.items() if v != COMMON[k]}
@@ -94,7 +108,8 @@ def _check_groups(rule: str, groups: Any, known: Mapping[str, Any]) -> None:
             _check_common(where, name, value)
 
 
-def _check(rule: str, name: str, value: Any, default: Any) -> None:
+def check_option(rule: str, name: str, value: Any, default: Any) -> None:
+    """Refuse a value that is not of the default's kind, or out of range."""
     if isinstance(default, bool):
         good, expected = isinstance(value, bool), "True or False"
     elif isinstance(default, tuple):
@@ -143,8 +158,8 @@ Adagrad = _constructor("Adagrad")
 Lion = _constructor("Lion")
 
 
-def resolve_optimizer(optimizer: str | Optimizer) -> Optimizer:
-    """An `Optimizer`, from one or from the name of a rule ("adam", "AdamW", …)."""
+def resolve_optimizer(optimizer: str | Optimizer, **options: Any) -> Optimizer:
+    """An `Optimizer`, from one or from its name ("adam", "AdamW", "muon") and options."""
     if isinstance(optimizer, Optimizer):
         return optimizer
     if not isinstance(optimizer, str):
@@ -152,6 +167,10 @@ def resolve_optimizer(optimizer: str | Optimizer) -> Optimizer:
             f"optimizer: expected a name or an optimizer such as Adam(lr=1e-3), "
             f"got {type(optimizer).__name__}"
         )
-    names = {name.lower(): name for name in OPTIMIZERS}
+    names = {name.lower(): name for name in NAMES}
     checks.choice("optimizer", "rule", optimizer.lower(), names)
-    return Optimizer(names[optimizer.lower()])
+    if names[optimizer.lower()] == "Muon":
+        from backprop.muon import Muon
+
+        return Muon(**options)
+    return Optimizer(names[optimizer.lower()], **options)

@@ -106,12 +106,10 @@ class Run:
         """What a checkpoint and the fit that goes on from it must agree on, as text."""
         model, source = self.training.model, self.source
         optimizer = self.training.step.optimizer
-        options = {**optimizer.options, **optimizer.common}
-        del options["lr"]  # which may have been changed
         everything = {
             "layers": model.layers, "dtype": str(model.dtype), "frozen": sorted(model.frozen),
             "optimizer": optimizer.rule,
-            **{f"optimizer.{name}": value for name, value in options.items()},
+            **{f"optimizer.{name}": value for name, value in optimizer.settings().items()},
             **self._given,
             "seed": source.seed, "shuffle": source.shuffle, "batch_size": source.size,
             "rows": source.rows, "data": digest(source.columns, model.memory),

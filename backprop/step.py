@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import deepcopy
 from math import isfinite, nan
 from typing import Any, NamedTuple
 
@@ -224,7 +225,7 @@ class TrainStep:
         """What a later step depends on besides the model, between two batches."""
         memory = self.model.memory
         state = {
-            "steps": self.steps, "options": self.optimizer.options,
+            "steps": self.steps, "optimizer": self.optimizer.state_dict(),
             "lr_factor": self.update.lr_factor,
             "moments": {name: memory.numpy(value) for name, value in self.state.items()},
         }  # fmt: skip
@@ -236,11 +237,7 @@ class TrainStep:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there. Nothing has changed where CheckpointMismatchError is raised."""
         checks.integer("TrainStep", "steps", state["steps"], 0)
-        options = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in state["options"].items()
-        }
-        Optimizer(self.optimizer.rule, **options)  # refuses what is wrong
+        deepcopy(self.optimizer).load_state_dict(state["optimizer"])  # refuses what is wrong
         lr_factor, moments = float(state["lr_factor"]), state["moments"]
         batches = Accumulated(*state.get("accumulated", ()))
         statistics = state.get("statistics", self._before_step)
@@ -253,7 +250,7 @@ class TrainStep:
                 f"TrainStep: moments: expected {', '.join(self.state)} of {self.optimizer.rule} "
                 f"for {self.model.layout.size} parameters, got others"
             )
-        self.optimizer.options.update(options)
+        self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
         if batches.batches:
             gradient = self.model.memory.zeros(self.gradients.flat.shape, self.model.dtype)

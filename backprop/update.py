@@ -93,7 +93,7 @@ class Update:
     ) -> None:
         self.optimizer = optimizer
         self.parameters, self.gradient = parameters, gradient
-        rule = OPTIMIZERS[optimizer.rule]
+        rule = OPTIMIZERS[optimizer.operator_rule]
         self.memory = memory
         self.state = {name: memory.zeros(layout.size, parameters.dtype) for name in rule.state}
         self._moments = tuple(self.state.values())
@@ -162,7 +162,7 @@ class Update:
         """`optimizer_step`, to be captured."""
         backend.optimizer_step(
             self.parameters, self.gradient, self._moments, self._placed,
-            self.optimizer.rule, guard, out=self.norm, spans=self.spans,
+            self.optimizer.operator_rule, guard, out=self.norm, spans=self.spans,
         )  # fmt: skip
 
     def after(self) -> None:
