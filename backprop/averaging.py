@@ -9,6 +9,7 @@ from backprop_kernels.arrays import Array
 from backprop_kernels.errors import OptionError
 
 from backprop.callbacks import Callback, Training
+from backprop.optimizers import share
 
 
 class EMA(Callback):
@@ -20,7 +21,7 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        if isinstance(decay, bool) or not isinstance(decay, float) or not 0 <= decay < 1:
+        if not share(decay):
             raise OptionError(f"EMA: decay: expected a number in [0, 1), got {decay!r}")
         self.decay = decay
         self.other: Array = None  # the average; while the model holds that, its own parameters

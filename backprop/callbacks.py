@@ -117,6 +117,8 @@ class Callbacks:
 
 def as_callbacks(callbacks: Iterable[Callback | EpochFunction]) -> list[Callback]:
     """Functions wrapped, everything else checked."""
+    if not isinstance(callbacks, Iterable):
+        raise KindError(f"fit: callbacks: expected a list, got {type(callbacks).__name__}")
     found: list[Callback] = []
     for i, callback in enumerate(callbacks):
         if isinstance(callback, Callback):

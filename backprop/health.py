@@ -127,13 +127,16 @@ class Health(Callback):
     def mean(self, measure: str) -> Array:
         """One number a layer: the mean over the samples, on a logarithmic scale for lengths."""
         checks.choice("Health", "measure", measure, MEASURES)
+        self._expect_samples()
         rows = np.array(self.samples[measure])
-        if not len(rows):
-            raise DataError("Health: samples: expected a fit before, got no sample")
         if measure in ("dead", "saturated"):
             return rows.mean(axis=0)
         tiny = np.finfo(np.float64).tiny
         return np.exp(np.log(np.maximum(rows, tiny)).mean(axis=0))
+
+    def _expect_samples(self) -> None:
+        if not self.steps:
+            raise DataError("Health: samples: expected a fit before, got no sample")
 
     def verdicts(self) -> list[str]:
         """What is wrong, in words; empty where nothing is."""
@@ -175,6 +178,7 @@ class Health(Callback):
         return found
 
     def __str__(self) -> str:
+        self._expect_samples()
         width = max(map(len, self.layers))
         names = list(MEASURES)
         lines = [" " * width + "".join(f"{name:>12}" for name in names)]
@@ -190,6 +194,7 @@ class Health(Callback):
 
     def plot(self, path: str | PathLike[str], title: str = "") -> None:
         """Draw the four lengths by layer and step to a PNG, SVG or PDF file."""
+        self._expect_samples()
         Figure = need("matplotlib.figure", "plot", "Health.plot").Figure
         figure = Figure(figsize=(9, 6), layout="constrained")
         panels = figure.subplots(2, 2, sharex=True).ravel()

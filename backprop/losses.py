@@ -41,8 +41,7 @@ class Loss:
         for option, value in options.items():
             if option not in known:
                 raise OptionError(
-                    f"Loss {name}: options: expected only {', '.join(known) or 'none'}; "
-                    f"got {option!r}"
+                    f"Loss {name}: options: expected {', '.join(known) or 'none'}; got {option!r}"
                 )
             options[option] = _option(f"Loss {name}", option, value, known[option])
         self.options: dict[str, Any] = {**known, **options}

@@ -33,6 +33,12 @@ class Monitor:
 
     def check(self, training: Training) -> None:
         """Refuse a key that the history of this fit will not have."""
+        validated = any(name.startswith("val_") for name in training.names)
+        if self.key.startswith("val_") and not validated:
+            raise OptionError(
+                f"{self.where}: monitor: expected validation rows for {self.key!r}, got none; give "
+                'fit an eval_set or a validation_fraction, or monitor "loss"'
+            )
         checks.choice(self.where, "monitor", self.key, dict.fromkeys(training.names))
 
     def improved(self, training: Training) -> bool:

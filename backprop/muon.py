@@ -18,7 +18,7 @@ from backprop_kernels.errors import KindError, OptionError
 
 from backprop.arena import Layout
 from backprop.memory import Memory
-from backprop.optimizers import Optimizer, check_option
+from backprop.optimizers import Optimizer, check_option, share
 from backprop.update import Update, matching
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic; all singular values to about 1
@@ -48,7 +48,7 @@ class Muon(Optimizer):
         for name, value, default in (("lr", lr, 0.0), ("nesterov", nesterov, True),
                                      ("weight_decay", weight_decay, 0.0)):  # fmt: skip
             check_option("Muon", name, value, default)
-        if isinstance(momentum, bool) or not isinstance(momentum, float) or not 0 <= momentum < 1:
+        if not share(momentum):
             raise OptionError(f"Muon: momentum: expected a number in [0, 1), got {momentum!r}")
         if others is not None and not isinstance(others, Optimizer):
             raise KindError(f"Muon: others: expected an optimizer, got {type(others).__name__}")

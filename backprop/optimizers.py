@@ -114,13 +114,18 @@ def check_option(rule: str, name: str, value: Any, default: Any) -> None:
         good, expected = isinstance(value, bool), "True or False"
     elif isinstance(default, tuple):
         good = isinstance(value, tuple | list) and len(value) == len(default)
-        good = good and all(_number(v) and 0 <= v < 1 for v in value)
+        good = good and all(map(share, value))
         expected = f"{len(default)} numbers in [0, 1)"
     else:
         high = 1.0 if name in BELOW_ONE else float("inf")
         good, expected = _number(value) and 0 <= value < high, f"a number in [0, {high})"
     if not good:
         raise OptionError(f"{rule}: {name}: expected {expected}, got {value!r}")
+
+
+def share(value: Any) -> bool:
+    """Whether it is a number in [0, 1): a decay that still forgets."""
+    return _number(value) and 0 <= value < 1
 
 
 def _number(value: Any) -> bool:
@@ -167,6 +172,8 @@ def resolve_optimizer(optimizer: str | Optimizer, **options: Any) -> Optimizer:
             f"optimizer: expected a name or an optimizer such as Adam(lr=1e-3), "
             f"got {type(optimizer).__name__}"
         )
+    if optimizer.lower() in ("lbfgs", "l-bfgs"):
+        raise OptionError("optimizer: rule: expected one of small batches, got L-BFGS: bp.minimize")
     names = {name.lower(): name for name in NAMES}
     checks.choice("optimizer", "rule", optimizer.lower(), names)
     if names[optimizer.lower()] == "Muon":

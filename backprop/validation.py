@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from backprop_kernels.arrays import Array
-from backprop_kernels.errors import DataError, KindError, OptionError
+from backprop_kernels.errors import BackpropError, DataError, KindError, OptionError
 
 from backprop.batches import Rows
 from backprop.evaluation import kind_of
@@ -112,9 +112,13 @@ def named_sets(model: Sequential, loss: Loss, eval_set: Any) -> dict[str, DataSe
             raise KindError(
                 f"{where}: expected (X, y) or (X, y, sample_weight), got {type(data).__name__}"
             )
-        found[name] = DataSet.checked(
-            model, loss, data[0], data[1], data[2] if len(data) == 3 else None, where
-        )
+        weight = data[2] if len(data) == 3 else None
+        try:
+            found[name] = DataSet.checked(model, loss, data[0], data[1], weight, where)
+        except BackpropError as problem:
+            if str(problem).startswith(where):
+                raise
+            raise type(problem)(f"{where}: {problem}") from None
     return found
 
 

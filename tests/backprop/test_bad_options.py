@@ -46,7 +46,8 @@ OPTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: fit(optimizer="adm"),
         bp.OptionError,
-        "optimizer: rule: expected one of sgd, rmsprop, adam, adamw, adagrad, lion; got 'adm'",
+        "optimizer: rule: expected one of sgd, rmsprop, adam, adamw, adagrad, lion, muon; got "
+        "'adm'",
     ),
     (
         lambda: fit(optimizer=3),
@@ -221,7 +222,7 @@ OPTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: bp.Loss("mse", delta=1),
         bp.OptionError,
-        "Loss mse: options: expected only none; got 'delta'",
+        "Loss mse: options: expected none; got 'delta'",
     ),
     (
         lambda: bp.Loss("cross_entropy", label_smoothing=1.5),

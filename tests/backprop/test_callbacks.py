@@ -171,6 +171,17 @@ def test_early_stopping_goes_on_from_its_state() -> None:
     assert losses(second, [2.2, 2.0, 1.0], "val_loss") == 2  # two more, none below 2
 
 
+def test_early_stopping_restores_a_best_epoch_from_before_its_state_was_taken(device: str) -> None:
+    first, second = bp.EarlyStopping("loss"), bp.EarlyStopping("loss")
+    best, other = small(device), bp.MLP([5, 8, 1], "tanh", dtype="float64", device=device, seed=1)
+    fit(best, early_stopping=first)
+    second.load_state_dict(first.state_dict())
+    second.monitor.best = 0.0  # so no later epoch is better
+    fit(other, early_stopping=second)
+    for name, value in best.state_dict().items():
+        assert other.state_dict()[name].tobytes() == value.tobytes()
+
+
 def test_ema_is_the_average_written_out(device: str) -> None:
     decay, path = 0.75, []
 
@@ -201,9 +212,10 @@ def test_ema_counts_steps_and_not_batches(device: str) -> None:
         def step_end(self, training: bp.Training) -> None:
             seen.append((training.step.steps, on_host(training.model).copy()))
 
-    fit(model, accumulate=3, ema=0.5, callbacks=[After()])
-    assert [n for n, _ in seen] == [0, 0, 1]
-    np.testing.assert_allclose(on_host(model), (start + seen[-1][1]) / 2, rtol=1e-14)
+    fit(model, epochs=2, accumulate=3, ema=0.5, callbacks=[After()])
+    assert [n for n, _ in seen] == [0, 0, 1, 1, 1, 2]
+    first, second = seen[2][1], seen[5][1]
+    np.testing.assert_allclose(on_host(model), start / 4 + first / 4 + second / 2, rtol=1e-13)
 
 
 def test_noise_has_its_width_and_is_a_function_of_seed_and_batch() -> None:
@@ -212,6 +224,8 @@ def test_noise_has_its_width_and_is_a_function_of_seed_and_batch() -> None:
     first = noise(still, 0).copy()
     assert abs(first.std() - 0.5) < 0.01 and abs(first.mean()) < 0.02
     assert np.array_equal(twin(still, 0), first) and not np.array_equal(noise(still, 1), first)
+    other = InputNoise(0.5, (500, 40), np.float32, HOST, 8)
+    assert not np.array_equal(other(still, 0), first)
     assert not still.any()
     assert np.array_equal(noise(still[:3] + 1, 0), first[:3] + 1)
 
@@ -228,7 +242,14 @@ def test_input_noise_trains_like_a_penalty_on_the_slope(device: str) -> None:
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: fit(small("reference"), early_stopping=True),
-        "EarlyStopping: monitor: expected one of loss, lr, seconds; got 'val_loss'",
+        "EarlyStopping: monitor: expected validation rows for 'val_loss', got none; give fit an "
+        'eval_set or a validation_fraction, or monitor "loss"',
+    ),
+    (
+        lambda: fit(
+            small("reference"), early_stopping=bp.EarlyStopping("val_acc"), eval_set=held_out
+        ),
+        "EarlyStopping: monitor: expected one of loss, lr, val_loss, seconds; got 'val_acc'",
     ),
     (
         lambda: fit(small("reference"), early_stopping=0),
@@ -264,3 +285,13 @@ def test_refusal(call: Callable[[], Any], message: str) -> None:
 def test_a_class_is_no_callback() -> None:
     with pytest.raises(bp.KindError, match=r"callbacks\[0\]: expected a Callback .* got Recorder"):
         fit(small("reference"), callbacks=[Recorder])
+    with pytest.raises(bp.KindError, match="fit: callbacks: expected a list, got function"):
+        fit(small("reference"), callbacks=lambda epoch, history: True)
+
+
+def test_an_average_that_forgets_everything_is_the_last_step(device: str) -> None:
+    plain, averaged = small(device), small(device)
+    fit(plain)
+    fit(averaged, ema=0)
+    for name, value in plain.state_dict().items():
+        np.testing.assert_allclose(averaged.state_dict()[name], value, rtol=1e-6, atol=1e-7)

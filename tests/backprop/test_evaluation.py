@@ -247,6 +247,12 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "fit: eval_set['a']: X: expected shape (batch, in_features=5), got (61, 4)",
     ),
     (
+        lambda: fit(eval_set=(X, binary[:3])),
+        bp.ShapeError,
+        "fit: eval_set: loss bce_with_logits: y: expected shape (61, 1) or (61,), one row per row "
+        "of X, got (3,)",
+    ),
+    (
         lambda: fit(eval_set=(X, binary), validation_fraction=0.1),
         bp.KindError,
         "fit: validation_fraction: expected either that or eval_set, got both",

@@ -127,8 +127,10 @@ def test_norms_beyond_float32_are_norms() -> None:
 
 def test_picture_table_and_state(tmp_path: Path) -> None:
     health = bp.Health(every=1)
-    with pytest.raises(bp.DataError, match="expected a fit before"):
-        health.mean("delta")
+    for call in (lambda: health.mean("delta"), health.verdicts, lambda: str(health),
+                 lambda: health.plot(tmp_path / "h.png")):  # fmt: skip
+        with pytest.raises(bp.DataError, match="expected a fit before, got no sample"):
+            call()
     fit(bp.MLP([6, 8, 2]), health, epochs=3)
     health.plot(tmp_path / "h.png", "title")
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")

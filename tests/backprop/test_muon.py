@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,60 @@ def test_three_steps_by_hand(device: str, nesterov: bool) -> None:
             np.testing.assert_allclose(model.state_dict()[name], value, rtol=1e-9, atol=1e-12)
 
 
+def test_by_name(device: str) -> None:
+    """As the other optimizers are, whatever the case of the letters."""
+    models = [network(device) for _ in range(2)]
+    for model, rule in zip(models, ("muon", bp.Muon()), strict=True):
+        bp.fit(model, X, y, "mse", rule, epochs=2, batch_size=8, progress=False)
+    assert models[0].parameters.tobytes() == models[1].parameters.tobytes()
+    with pytest.raises(bp.OptionError, match=r"got L-BFGS: bp\.minimize"):
+        bp.fit(models[0], X, y, "mse", "lbfgs", progress=False)
+    with pytest.raises(bp.OptionError, match=r"expected one of sgd, .*, muon; got 'moon'"):
+        bp.fit(models[0], X, y, "mse", "moon", progress=False)
+
+
+def test_a_schedule_scales_both_rates(device: str) -> None:
+    scheduled, halved = network(device), network(device)
+    whole = bp.Muon(lr=0.02, others=bp.AdamW(lr=0.01))
+    half = bp.Muon(lr=0.01, others=bp.AdamW(lr=0.005))
+    bp.fit(scheduled, X, y, "mse", whole, batch_size=24, progress=False, schedule=lambda t: 0.5)
+    bp.fit(halved, X, y, "mse", half, batch_size=24, progress=False)
+    for name, value in scheduled.state_dict().items():
+        np.testing.assert_array_equal(value, halved.state_dict()[name])
+
+
+def test_frozen_and_named_matrices(device: str) -> None:
+    model = network(device)
+    model.freeze("layers.0")
+    before = model.state_dict()
+    rule = bp.Muon(lr=0.1, weight_decay=0.5, matrices="*.weight", others=bp.SGD(lr=0.0))
+    bp.fit(model, X, y, "mse", rule, batch_size=24, progress=False)
+    moved = [n for n, value in model.state_dict().items() if not np.array_equal(value, before[n])]
+    assert moved == ["layers.1.weight", "layers.2.weight"]
+
+
+def test_a_resumed_fit_has_both_rates_and_refuses_other_options(tmp_path: Path) -> None:
+    """Bit for bit at every event: test_resume.py."""
+
+    def lower(epoch: int, history: bp.History) -> None:
+        rule.lr, rule.others.lr = rule.lr / 2, rule.others.lr / 3
+
+    def train(folder: str, epochs: int, **options: Any) -> Any:
+        nonlocal rule
+        rule = bp.Muon(lr=0.04, others=bp.AdamW(lr=0.03), **options)
+        model = network("reference")
+        bp.fit(model, X, y, "mse", rule, epochs, 8, callbacks=[lower], progress=False,
+               checkpoint=tmp_path / folder, resume=True)  # fmt: skip
+        return model.parameters.tobytes(), rule.lr, rule.others.lr
+
+    rule = bp.Muon()
+    train("parts", 2)
+    assert train("parts", 4) == train("whole", 4)
+    assert rule.lr == 0.04 / 16 and rule.others.lr == pytest.approx(0.03 / 81)
+    with pytest.raises(bp.CheckpointMismatchError, match=r"optimizer\.momentum: 0\.95 there"):
+        train("parts", 5, momentum=0.9)
+
+
 @pytest.mark.filterwarnings("ignore:invalid:RuntimeWarning", "ignore:overflow:RuntimeWarning")
 def test_a_step_that_is_not_finite_changes_nothing(device: str) -> None:
     model = bp.MLP([5, 8, 2], device=device)
@@ -81,5 +136,9 @@ def test_refusals() -> None:
         bp.TrainStep(bp.MLP([5, 1]), "mse", bp.Muon())
     with pytest.raises(bp.OptionError, match=r"Muon: momentum: expected a number in \[0, 1\)"):
         bp.Muon(momentum=1.0)
+    with pytest.raises(bp.OptionError, match=r"Muon: lr: expected a number in \[0, inf\), got -1"):
+        bp.Muon(lr=-1)
+    with pytest.raises(bp.OptionError, match="Muon: nesterov: expected True or False, got 1"):
+        bp.Muon(nesterov=1)  # type: ignore[arg-type]
     with pytest.raises(bp.KindError, match="Muon: others: expected an optimizer, got str"):
         bp.Muon(others="AdamW")  # type: ignore[arg-type]

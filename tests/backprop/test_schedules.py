@@ -79,6 +79,22 @@ def test_every_step_has_its_rate(device: str) -> None:
     np.testing.assert_allclose(rates(device, epochs=3, schedule=warm), expected)
 
 
+def test_warm_up_counts_the_rows_of_an_accumulated_step(device: str) -> None:
+    rates = []
+
+    class Watch(bp.Callback):
+        def step_begin(self, training: bp.Training) -> None:
+            if not training.step.pending:
+                rates.append(training.step.lr)
+
+    bp.fit(
+        bp.MLP([2, 1], device=device), np.ones((16, 2)), np.ones(16), "mse", bp.SGD(lr=1.0),
+        epochs=3, batch_size=4, accumulate=2, progress=False, callbacks=[Watch()],
+        schedule=bp.Schedule("constant", warmup=2),
+    )  # fmt: skip
+    np.testing.assert_allclose(rates, [0.25, 0.5, 0.75, 1, 1, 1])  # a step is half an epoch
+
+
 def test_schedule_scales_what_a_callback_sets_and_leaves_lr_alone(device: str) -> None:
     rule = bp.SGD(lr=0.5)
 
@@ -178,7 +194,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: bp.Plateau(factor=1), "Plateau: factor: expected a number below 1, got 1"),
     (
         lambda: rates("reference", schedule=bp.Plateau()),
-        "Plateau: monitor: expected one of loss, lr, seconds; got 'val_loss'",
+        "Plateau: monitor: expected validation rows for 'val_loss', got none; give fit an eval_set "
+        'or a validation_fraction, or monitor "loss"',
     ),
 ]
 

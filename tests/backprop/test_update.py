@@ -72,6 +72,12 @@ STEPS: dict[str, tuple[dict[str, Any], Callable[[str, Any, Any], Any]]] = {
         {"groups": {"*": {"weight_decay": 0.5}}},
         lambda name, p, g: p - 0.1 * (g + 0.5 * p),
     ),
+    "a group keeps what it does not name": (
+        {"l2": 0.3, "groups": {"layers.1": {"lr_scale": 0.25}, "layers.1.weight": {"l1": 0.2}}},
+        lambda name, p, g: p - (0.025 if name.startswith("layers.1.") else 0.1) * (
+            g + 0.3 * p * is_weight(name) + 0.2 * np.sign(p) * (name == "layers.1.weight")
+        ),
+    ),
     "the later group holds": (
         {"l2": 1.0, "groups": {"layers.*": {"l2": 0.0}, "*.bias": {"l1": 0.2}}},
         lambda name, p, g: p - 0.1 * (g + 0.2 * np.sign(p) * name.endswith("bias")),
@@ -94,6 +100,23 @@ def test_one_step_by_hand(device: str, what: str) -> None:
         np.testing.assert_allclose(after[name], by_hand, rtol=1e-13, atol=1e-15, err_msg=name)
         moved += not np.allclose(by_hand, plain, rtol=1e-9)
     assert moved, "the option changed nothing: the case is too mild to test it"
+
+
+def test_the_whole_gradient_is_clipped_to_its_norm(device: str) -> None:
+    _, gradients, _ = one_step(device, bp.SGD(lr=0.1))
+    norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+    for limit in (0.3, 3.0):
+        before, _, after = one_step(device, bp.SGD(lr=0.1), clip_norm=limit * float(norm))
+        for name, p in before.items():
+            by_hand = p - 0.1 * gradients[name] * min(1, limit * norm / (norm + 1e-6))
+            np.testing.assert_allclose(after[name], by_hand, rtol=1e-13, atol=1e-15)
+
+
+def test_neighbours_treated_alike_are_one_span() -> None:
+    model = network("reference")
+    step = bp.TrainStep(model, "mse", bp.SGD(groups={"layers.2": {"lr_scale": 0.5}}), 24)
+    assert step.update.spans is not None
+    assert [row for *_, row in step.update.spans] == [0, 1]
 
 
 def test_adamw_decays_weights_only_and_by_group(device: str) -> None:

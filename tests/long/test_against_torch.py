@@ -186,6 +186,37 @@ OPTIMIZERS: dict[str, tuple[Callable[[], bp.Optimizer], Callable[[Any], Any]]] =
 }
 
 
+class MuonAndAdamW:
+    """`torch.optim.Muon` takes matrices only: biases and the last layer go to AdamW."""
+
+    def __init__(self, parameters: Any, nesterov: bool = True) -> None:
+        parameters = list(parameters)
+        hidden = [p for p in parameters if p.ndim == 2][:-1]
+        others = [p for p in parameters if all(p is not W for W in hidden)]
+        self.rules = (
+            torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=nesterov),
+            torch.optim.AdamW(others, lr=0.01, weight_decay=0.0),
+        )
+
+    def zero_grad(self) -> None:
+        for rule in self.rules:
+            rule.zero_grad()
+
+    def step(self) -> None:
+        for rule in self.rules:
+            rule.step()
+
+
+def muon(nesterov: bool = True) -> bp.Optimizer:
+    return bp.Muon(lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1,
+                   others=bp.AdamW(lr=0.01, weight_decay=0.0))  # fmt: skip
+
+
+MUONS: dict[str, tuple[Callable[[], bp.Optimizer], Callable[[Any], Any]]] = {
+    "Muon": (muon, MuonAndAdamW),
+    "Muon plain": (lambda: muon(False), lambda p: MuonAndAdamW(p, False)),
+}
+
 NORMS = {
     bp.BatchNorm: torch.nn.BatchNorm1d, bp.LayerNorm: torch.nn.LayerNorm,
     bp.RMSNorm: torch.nn.RMSNorm,
@@ -243,7 +274,7 @@ def compare(
 ) -> float:  # fmt: skip
     """Largest difference after 20 steps, relative to each tensor's largest entry."""
     ours, theirs, kind = LOSSES[loss]
-    make_ours, make_theirs = OPTIMIZERS[optimizer]
+    make_ours, make_theirs = (OPTIMIZERS | MUONS)[optimizer]
     rng = np.random.default_rng(1)
     twin = Twin(model)
     rule = make_theirs(twin.parameters())
@@ -305,6 +336,14 @@ def test_every_loss(loss: str, dtype: str, weight: bool, device: str) -> None:
 def test_every_optimizer(optimizer: str, dtype: str, clip_norm: float | None, device: str) -> None:
     model = network("gelu", dtype, device)
     assert compare(model, "cross_entropy", optimizer, clip_norm=clip_norm) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("optimizer", MUONS)
+def test_muon(optimizer: str, dtype: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's Newton–Schulz steps are in bfloat16; here they keep the dtype of the matrix."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    assert compare(network("gelu", dtype, device), "cross_entropy", optimizer) <= BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", BOUND)
