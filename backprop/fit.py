@@ -150,7 +150,9 @@ def fit(
                     watching.tell("step_end")
                 if not training.validating:
                     watching.tell("validation_begin")
-                training.validating = True
+                training.validating = True  # from here a signal breaks it off
+                if run.interrupted:
+                    break
                 values = {"loss": training.total / rows, "lr": step.lr}
                 for name, held_out in sets.items():
                     found = scores(model, loss, held_out.columns, chosen)

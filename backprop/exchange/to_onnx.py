@@ -101,10 +101,6 @@ def _operator(layer: Linear | BatchNorm | LayerNorm | RMSNorm) -> tuple[str, dic
         return "LayerNormalization", {"epsilon": layer.eps}
     if isinstance(layer, RMSNorm):
         return RMS_NORM, {"epsilon": layer.eps, "domain": DOMAIN}
-    if isinstance(layer, RMSNorm):
-        raise OptionError(
-            f"to_onnx: model: expected layers that opset {OPSET} has, got RMSNorm; use to_torch"
-        )
     return "BatchNormalization", {"epsilon": layer.eps, "momentum": 1 - layer.momentum}
 
 

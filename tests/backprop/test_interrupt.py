@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 from backprop_kernels.cpu import program, threads
 
 import backprop as bp
+from backprop.generations import STATE, Generations
 
 pytestmark = pytest.mark.alone
 
@@ -150,6 +154,50 @@ def test_a_long_validation_is_broken_off() -> None:
     ((steps, sent),) = seen
     assert time.process_time() - sent < 1
     assert steps == 1 and history.epochs == 0 and history.interrupted
+
+
+LONG_STEPS = """
+import sys
+import numpy as np
+import backprop as bp
+
+class Ready(bp.Callback):
+    def step_begin(self, training):
+        print(training.step.steps, flush=True)
+
+X = np.ones((4096, 1024), np.float32)
+ids = np.zeros(len(X), int)
+bp.fit(bp.MLP([1024, 2048, 2048, 10]), X, ids, "cross_entropy", epochs=100, batch_size=len(X),
+       callbacks=[Ready()], checkpoint=bp.Checkpoint(sys.argv[1], seconds=1e9), progress=False)
+"""
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of all threads of a process, so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_sigterm_leaves_a_checkpoint_within_five_seconds(tmp_path: Path) -> None:
+    """In CPU time, from the middle of a step of 2 s to the end; 76 MB are written."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", LONG_STEPS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["0\n", "1\n"]
+        begun = cpu_seconds(process.pid)
+        while cpu_seconds(process.pid) - begun < 0.5:
+            time.sleep(0.01)
+        sent = cpu_seconds(process.pid)
+        process.terminate()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.stdout.read() == ""
+    assert process.returncode == -signal.SIGTERM
+    assert used.ru_utime + used.ru_stime - sent < 5
+    found = Generations(tmp_path).newest()
+    assert found is not None and '"steps": 1,' in found[2][STATE]
+    assert np.isfinite(bp.load(tmp_path).parameters).all()
 
 
 def test_a_problem_on_the_other_thread_is_raised_here() -> None:

@@ -84,7 +84,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "eval_set": (X_val, ids_val), "metrics": ["accuracy"], "callbacks": [nan_after_epoch],
     },
     "accumulated": lambda: {
-        "optimizer": bp.SGD(lr=0.1, momentum=0.9), "batch_size": 5, "accumulate": 3,
+        "optimizer": bp.SGD(lr=0.1, momentum=0.9, clip_tensor_norm=0.1),
+        "batch_size": 5, "accumulate": 3,
         "schedule": bp.Schedule("cosine", warmup=1), "ema": 0.5,
     },
     "plateau": lambda: {
@@ -148,7 +149,9 @@ def test_ctrl_c_at_any_step_returns_and_can_be_resumed(case: str, tmp_path: Path
     for at in range(1, len(counting.seen) + 1):
         folder = tmp_path / str(at)
         steps = bp.Checkpoint(folder, seconds=1e9)  # the interrupt alone saves
-        model, history, _ = train(folder, case, Dies(at, ctrl_c), checkpoint=steps)
+        interrupter = Dies(at, ctrl_c)
+        model, history, _ = train(folder, case, interrupter, checkpoint=steps)
+        assert set(interrupter.seen[at:]) <= {"step_end", "validation_begin"}, "no other batch"
         assert history.interrupted and np.isfinite(model.predict(X)).all()
         assert len(Generations(folder).files()) == 1
         again = train(folder, case, resume=True)
@@ -204,6 +207,29 @@ def test_broken_off_at_any_line_of_a_step(case: str, tmp_path: Path) -> None:
         with Signals(at, batches, batches) as signals:
             assert train(folder, case, checkpoint=saved)[1].interrupted, signals.place
         assert bits(train(folder, case, resume=True)) == expected, signals.place
+
+
+def test_a_step_refused_after_resuming_within_it_is_undone_whole() -> None:
+    """Running statistics too go back to where they were before its first batch."""
+
+    def new() -> bp.TrainStep:
+        layers = [bp.Linear(4, 6, bias=False), bp.BatchNorm(6, "relu"), bp.Linear(6, 3)]
+        model = bp.Sequential(layers, dtype="float64", device="reference")
+        return bp.TrainStep(model, "cross_entropy", "Adam", 5, accumulate=3)
+
+    step, resumed = new(), new()
+    before = {name: value.copy() for name, value in step.model.state_dict().items()}
+    for part in (slice(0, 5), slice(5, 10)):
+        step(X[part], ids[part])
+    resumed.model.load_state_dict(step.model.state_dict())
+    resumed.load_state_dict(step.state_dict())
+    assert resumed.pending == 2
+    with pytest.raises((bp.NonFiniteError, bp.DataError)):
+        resumed(np.full((5, 4), np.nan), ids[:5])
+    for name, value in resumed.model.state_dict().items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    with pytest.raises(bp.OptionError, match="TrainStep: accumulated"):
+        bp.TrainStep(resumed.model, "cross_entropy", "Adam", 5).load_state_dict(step.state_dict())
 
 
 def test_interrupted_again_and_again(tmp_path: Path) -> None:
@@ -273,6 +299,8 @@ def test_data_is_known_by_rows_of_all_its_parts() -> None:
     from backprop.memory import HOST
     from backprop.resume import SAMPLE_ROWS, digest
 
+    few = np.zeros((4, 6))
+    assert len({digest([each], HOST) for each in (few, few.T, few.view(np.int64))}) == 3
     rows = 5 * SAMPLE_ROWS
     data = np.arange(3.0 * rows).reshape(rows, 3)
     known = digest([data], HOST)
