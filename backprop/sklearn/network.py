@@ -95,8 +95,8 @@ class Network(BaseEstimator):  # type: ignore[misc]
             raise OptionError("fit: eval_set: expected None with solver lbfgs, got rows")
         scale = _scale(loss, self.n_outputs_)
         history = minimize(
-            self.model_, X, target, loss, steps=self.max_iter, tolerance=self.tol * scale,
-            l2=self.alpha * scale / _mass(weight, len(X)), sample_weight=weight,
+            self.model_, X, target, loss, steps=self.max_iter, tolerance=float(self.tol) * scale,
+            l2=float(self.alpha) * scale / _mass(weight, len(X)), sample_weight=weight,
         )  # fmt: skip
         return history, history.epochs < self.max_iter
 

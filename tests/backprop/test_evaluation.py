@@ -13,7 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 import backprop as bp
 from backprop.evaluation import METRICS
-from backprop.validation import DataSet
+from backprop.validation import DataSet, class_weights
 from tests.inputs import on_host
 
 EVALUATION = import_module("backprop.evaluation")
@@ -81,12 +81,14 @@ def test_metrics_of_several_classes_are_scikit_learns(device: str, w: Any) -> No
 
 
 @pytest.mark.usefixtures("parts")
-def test_ignored_rows_do_not_count(device: str) -> None:
+@pytest.mark.parametrize("w", [None, weight], ids=["", "weighted"])
+def test_ignored_rows_do_not_count(device: str, w: Any) -> None:
     keep = np.arange(ROWS) >= 14  # two batches have no row that counts
     labels = np.where(keep, ids, -100)
     names = ["accuracy", "log_loss", "f1"]
-    found, model = evaluated(device, "cross_entropy", labels, 3, names, None)
-    expected = bp.evaluate(model, X[keep], ids[keep], "cross_entropy", names)
+    found, model = evaluated(device, "cross_entropy", labels, 3, names, w)
+    part = None if w is None else w[keep]
+    expected = bp.evaluate(model, X[keep], ids[keep], "cross_entropy", names, part)
     assert found == pytest.approx(expected, rel=1e-12)
     with pytest.raises(bp.DataError, match="accuracy: expected at least one row that counts"):
         evaluated(device, "cross_entropy", np.full(ROWS, -100), 3, ["accuracy"], None)
@@ -165,6 +167,24 @@ def test_held_out_share_keeps_the_classes_in_proportion(fraction: float) -> None
     same, other = (data.split(fraction, bp.Loss("cross_entropy"), seed)[1] for seed in (0, 1))
     assert np.array_equal(same.columns[0], held.columns[0])
     assert not np.array_equal(other.columns[0], held.columns[0])
+
+
+def test_the_largest_share_below_one_leaves_a_row() -> None:
+    labels = np.repeat([0, 1, 2], [9, 3, 1])
+    data = DataSet([np.arange(13)[:, None], labels])
+    rest, held = data.split(float(np.nextafter(1, 0)), bp.Loss("cross_entropy"), 0)
+    assert (len(rest), len(held)) == (1, 12)
+
+
+def test_balanced_weights_leave_ignored_rows_out() -> None:
+    labels = np.array([0, 0, 0, 1, -100, -100])
+    found = class_weights(labels, "balanced", bp.Loss("cross_entropy"), "fit")
+    np.testing.assert_allclose(found[:4], [4 / 6, 4 / 6, 4 / 6, 2])
+
+
+def test_classes_that_are_not_named_weigh_one() -> None:
+    found = class_weights(ids, {1: 5.0}, bp.Loss("cross_entropy"), "fit")
+    np.testing.assert_array_equal(found, np.where(ids == 1, 5.0, 1.0))
 
 
 def test_validation_fraction_is_a_fit_on_the_rest(device: str) -> None:

@@ -108,6 +108,27 @@ def test_frozen_tensors_and_float32(device: str) -> None:
     assert loss == pytest.approx(history["loss"][-1], rel=1e-4)
 
 
+def test_a_penalty_leaves_frozen_weights_and_all_biases_alone(device: str) -> None:
+    model = bp.MLP([6, 4, 1], "tanh", dtype="float64", device=device)
+    model.freeze("layers.0")
+    before = model.state_dict()
+    bp.minimize(model, X, y, l2=1e6, steps=50)
+    after = model.state_dict()
+    assert after["layers.0.weight"].tobytes() == before["layers.0.weight"].tobytes()
+    np.testing.assert_allclose(after["layers.1.weight"], 0, atol=1e-3)
+    assert after["layers.1.bias"] == pytest.approx(y.mean(), rel=1e-3)
+
+
+def test_it_ends_with_the_first_gradient_below_the_tolerance(device: str) -> None:
+    def largest(steps: int) -> tuple[int, float]:
+        model = linear(device)
+        taken = bp.minimize(model, X, y, tolerance=1e-2, steps=steps).epochs
+        return taken, max(abs(g).max() for g in bp.value_and_grad(model, X, y)[1].values())
+
+    taken, gradient = largest(1000)
+    assert gradient <= 1e-2 < largest(taken - 1)[1]
+
+
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"memory": 0}, {"l2": -1}, {"tolerance": "x"}])
 def test_refusal(bad: dict[str, Any]) -> None:
     with pytest.raises(bp.OptionError, match=f"minimize: {next(iter(bad))}: expected"):

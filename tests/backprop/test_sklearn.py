@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -288,6 +290,14 @@ def test_pipelines_searches_clones_and_copies() -> None:
 def test_no_convergence_is_said(solver: str) -> None:
     with pytest.warns(ConvergenceWarning, match="max_iter: 2 iterations were made"):
         MLPClassifier(max_iter=2, solver=solver).fit(X, ids)
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("backprop.sklearn")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(bp.MissingExtraError, match=r'pip install "fused-backprop\[sklearn\]"'):
+        import_module("backprop.sklearn")
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
