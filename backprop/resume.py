@@ -28,6 +28,7 @@ from backprop_kernels.errors import (
 
 from backprop.batches import Batches, Rows, read_rows
 from backprop.callbacks import Callback, Training
+from backprop.history import History
 from backprop.memory import Memory
 
 POSITION = ("epoch", "batch", "done", "total", "validating", "stop")  # of a `Training`
@@ -288,6 +289,24 @@ class Run:
         for name, value in position.items():
             setattr(t, name, value)
         self._saved_at = time.monotonic(), t.step.steps
+
+
+def history_of(path: str | os.PathLike[str]) -> History:
+    """What a checkpoint, or the newest of a folder, remembers of its epochs."""
+    from backprop.generations import STATE, read_checkpoint
+    from backprop.plain import decode
+
+    path, tensors, metadata = read_checkpoint(path)
+    where = f"history: {path}"
+    if STATE not in metadata:
+        raise CheckpointFormatError(
+            f"{where}: expected a checkpoint of a fit, got a model alone; name its history or a log"
+        )
+    try:
+        kept = decode(metadata[STATE], tensors, where)["history"]
+        return History({name: values.tolist() for name, values in kept.items()})
+    except (KeyError, AttributeError) as problem:
+        raise CheckpointFormatError(f"{where}: expected a history, got {problem!r}") from problem
 
 
 def digest(columns: Sequence[Array | Rows], memory: Memory) -> str:

@@ -80,7 +80,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     picture.add_argument(
         "runs", nargs="+", metavar="RUN",
         help="a model of `backprop fit`, its history (.json), a log (.csv, .jsonl), or a folder "
-        "with history.json",
+        "of checkpoints",
     )  # fmt: skip
     picture.add_argument("-o", "--output", metavar="FILE", help="default: the first RUN with .png")
     picture.set_defaults(run=plot.run)

@@ -22,7 +22,6 @@ from backprop.averaging import EMA
 from backprop.cli.options import names, widths
 from backprop.losses import Loss
 from backprop.monitor import EarlyStopping
-from backprop.muon import Muon
 from backprop.optimizers import Optimizer, resolve_optimizer
 from backprop.resume import Checkpoint
 from backprop.schedules import Plateau, Schedule
@@ -150,13 +149,10 @@ def _known(make: Callable[..., Any], /, **options: Any) -> Any:
 
 
 def optimizer(name: str, **options: Any) -> Optimizer:
-    """Of this name, in any case."""
-    if isinstance(name, str) and name.lower() == "muon":
-        if "others" in options:
-            options["others"] = optimizer(**options["others"])
-        muon: Optimizer = _known(Muon, **options)
-        return muon
-    return Optimizer(resolve_optimizer(name).rule, **options)
+    """Of this name; an optimizer within it (Muon's `others`) is a table too."""
+    if isinstance(options.get("others"), dict):
+        options["others"] = optimizer(**options["others"])
+    return resolve_optimizer(name, **options)
 
 
 def _optimizer(**options: Any) -> dict[str, Any]:

@@ -6,11 +6,10 @@ import argparse
 from functools import partial
 from typing import Any
 
-from backprop_kernels.optimizers import OPTIMIZERS
-
 from backprop.cli import tables
 from backprop.cli.options import ROWS, add_network, add_refused, names, option
 from backprop.evaluation import METRICS
+from backprop.optimizers import NAMES as OPTIMIZERS
 from backprop.schedules import NAMES as SCHEDULE_NAMES
 from backprop.table.encoding import TASKS
 
@@ -47,7 +46,7 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
     training = fit.add_argument_group("training")
     training.add_argument("--loss", choices=tables.LOSS_NAMES, metavar="NAME",
                           help=f"{', '.join(tables.LOSS_NAMES)}; default: by task")  # fmt: skip
-    option(training, "--optimizer", "Adam", ", ".join([*OPTIMIZERS, "Muon"]), metavar="NAME")
+    option(training, "--optimizer", "Adam", ", ".join(OPTIMIZERS), metavar="NAME")
     for name in ("--lr", "--weight-decay"):
         training.add_argument(name, type=float, metavar="F", help="default: the optimizer's")
     option(training, "--epochs", 20, "passes over the rows", type=int, metavar="N")

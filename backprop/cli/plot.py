@@ -5,25 +5,26 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from backprop_kernels.errors import DataError
-
 from backprop.history import History, plot
+from backprop.resume import history_of
 
 
 def run(options: Namespace) -> None:
     """Draw the runs into one picture."""
-    files = [_history_file(Path(path)) for path in options.runs]
-    histories = [History.read(file) for file in files]
-    names = options.runs if len(files) > 1 else [""]
-    output = options.output or files[0].with_name(files[0].name.split(".")[0] + ".png")
+    paths = [Path(path) for path in options.runs]
+    histories = [_history(path) for path in paths]
+    names = options.runs if len(paths) > 1 else [""]
+    output = options.output or paths[0].with_name(paths[0].resolve().name.split(".")[0] + ".png")
     plot(dict(zip(names, histories, strict=True)), output)
     print(f"wrote {output}")
 
 
-def _history_file(path: Path) -> Path:
-    """Where the history of this run is."""
+def _history(path: Path) -> History:
+    """The history of this run, wherever it is."""
     if path.is_dir():
-        if not (path / "history.json").exists():
-            raise DataError(f"plot: {path}: expected history.json in this folder, got none")
-        return path / "history.json"
-    return path.with_suffix(".history.json") if path.suffix == ".safetensors" else path
+        file = path / "history.json"
+        return History.read(file) if file.exists() else history_of(path)
+    if path.suffix == ".safetensors":
+        file = path.with_suffix(".history.json")
+        return History.read(file) if file.exists() else history_of(path)
+    return History.read(path)

@@ -171,7 +171,7 @@ WRONG = {
     "[optimizer]\nname = 'SGD'\n[optimizer.groups.'*.bias']\nlr = 2": (
         "line 4: optimizer.groups: SGD: groups['*.bias']: expected options lr_scale"
     ),
-    "[optimizer]\nname = 'muon'\nbeta = 1": "line 4: optimizer.beta: expected one of lr, momentum",
+    "[optimizer]\nname = 'muon'\nbeta = 1": "line 4: optimizer.beta: Muon.__init__() got an unexp",
     "[optimizer]\nname = 3": "line 3: optimizer.name: ",
     "[checkpoint]\nseconds = 6": "line 2: checkpoint: expected folder = …, got seconds",
     "checkpoint.folder = 'r'\ncheckpoint.step = 6": "line 3: checkpoint.step: expected one of",

@@ -350,3 +350,19 @@ except OSError as error:
     assert result.stdout == f"CheckpointWriteError {errno.EFBIG}\n", result.stderr
     assert read_tensors(tmp_path / "m")[0]["w"].tolist() == [0.0] * 10
     assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_file_in_the_place_of_the_temporary_one_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if another process, which holds its lock, had drawn the same name."""
+    monkeypatch.setattr(os, "urandom", bytes)
+    other = tmp_path / f".m.{bytes(8).hex()}.tmp"
+    with other.open("wb") as file:
+        file.write(b"theirs")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointWriteError) as caught:
+            replace_file(str(tmp_path / "m"), NEW)
+        assert caught.value.errno == errno.EEXIST
+        assert other.read_bytes() == b"theirs" and not (tmp_path / "m").exists()

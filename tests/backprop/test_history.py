@@ -6,11 +6,15 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import backprop as bp
+from backprop.checkpoint import read_tensors, write_tensors
 from backprop.cli import main
+from backprop.generations import STATE
 from backprop.history import plot
+from backprop.resume import history_of
 
 
 def test_history_file_round_trip(tmp_path: Path) -> None:
@@ -98,4 +102,24 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "wrote" in capsys.readouterr().out and (tmp_path / "m.png").exists()
     assert main(["plot", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert "expected history.json in this folder" in message and str(tmp_path) in message
+    assert "expected checkpoints in this folder, got none" in message and str(tmp_path) in message
+
+
+def test_the_command_reads_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, X = tmp_path / "run", np.zeros((8, 2))
+    model = bp.MLP([2, 1], device="reference")
+    history = bp.fit(model, X, X[:, 0], epochs=3, checkpoint=run, progress=False)
+    (newest,) = [file for file in run.iterdir() if "3" in file.name]
+    assert history_of(run) == history == history_of(newest)
+    for path in (run, newest):
+        assert main(["plot", str(path), "-o", str(tmp_path / "p.png")]) == 0
+    assert main(["plot", str(run)]) == 0 and (tmp_path / "run.png").exists()
+    model.save(tmp_path / "m.safetensors")
+    capsys.readouterr()
+    assert main(["plot", str(tmp_path / "m.safetensors")]) == 2
+    assert "got a model alone; name its history or a log" in capsys.readouterr().err
+    tensors, metadata = read_tensors(newest)
+    for text in ("{}", '{"history": 3}', '{"history": {"loss": 3}}'):
+        write_tensors(newest, tensors, {**metadata, STATE: text})
+        with pytest.raises(bp.CheckpointFormatError, match="expected a history, got"):
+            history_of(newest)
