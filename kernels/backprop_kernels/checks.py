@@ -16,6 +16,7 @@ from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.errors import KindError, LabelError, OptionError, ShapeError
 from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
+from backprop_kernels.precisions import PRECISIONS
 
 GATHERED = ("float32", "float64", "int64")
 FLOATS = ("float32", "float64", "complex128")
@@ -116,20 +117,41 @@ def gather_rows(X: Array, index: Array, out: Array | None) -> None:
     _outputs(where, None if out is None else (out,), {"Y": (shape, X.dtype)})
 
 
+def _operands(where: str, precision: str | None, **operands: Array) -> tuple[Any, Any]:
+    """(dtype of a product's operands, dtype of its sums); without `precision` both are X's own."""
+    if precision is None:
+        for name, value in operands.items():
+            floating(where, name, value, 2)
+        dtype = next(iter(operands.values())).dtype
+        return dtype, dtype
+    choice(where, "precision", precision, PRECISIONS)
+    row = PRECISIONS[precision]
+    for name, value in operands.items():
+        array(where, name, value, ("rows", "columns"), np.dtype(row.stored))
+    return np.dtype(row.stored), np.dtype(row.real)
+
+
 def linear_forward(
-    X: Array, W: Array, b: Array | None, activation: str, dropout: Dropout | None, out: Any
+    X: Array,
+    W: Array,
+    b: Array | None,
+    activation: str,
+    dropout: Dropout | None,
+    out: Any,
+    precision: str | None = None,
 ) -> None:
     where = "linear_forward"
-    floating(where, "X", X, 2)
-    floating(where, "W", W, 2)
+    stored, real = _operands(where, precision, X=X, W=W)
     batch, in_features = X.shape
     out_features = W.shape[0]
-    array(where, "W", W, ("out_features", ("in_features", in_features)), X.dtype)
+    array(where, "W", W, ("out_features", ("in_features", in_features)), stored)
     if b is not None:
-        array(where, "b", b, (("out_features", out_features),), X.dtype)
+        array(where, "b", b, (("out_features", out_features),), real)
     _epilogue(where, activation, dropout)
     shape = (("batch", batch), ("out_features", out_features))
-    _outputs(where, out, {"Y": (shape, X.dtype), "saved": (shape, X.dtype)})
+    Y = out[0] if out else None
+    as_sums = Y is not None and getattr(Y, "dtype", None) == real  # of the last layer, for the loss
+    _outputs(where, out, {"Y": (shape, real if as_sums else stored), "saved": (shape, stored)})
 
 
 def below(
@@ -152,26 +174,30 @@ def below(
 
 
 def linear_dgrad(
-    dZ: Array, W: Array, saved: Array | None, activation: str, dropout: Dropout | None, out: Any
+    dZ: Array,
+    W: Array,
+    saved: Array | None,
+    activation: str,
+    dropout: Dropout | None,
+    out: Any,
+    precision: str | None = None,
 ) -> None:
     where = "linear_dgrad"
-    floating(where, "dZ", dZ, 2)
-    floating(where, "W", W, 2)
+    stored, real = _operands(where, precision, dZ=dZ, W=W)
     batch, out_features = dZ.shape
     in_features = W.shape[1]
-    array(where, "W", W, (("out_features", out_features), "in_features"), dZ.dtype)
-    below(where, batch, in_features, dZ.dtype, saved, activation, dropout)
+    array(where, "W", W, (("out_features", out_features), "in_features"), stored)
+    below(where, batch, in_features, stored, saved, activation, dropout)
     shape = (("batch", batch), ("in_features", in_features))
-    _outputs(where, out, {"dZ_prev": (shape, dZ.dtype), "db_prev": (shape[1:], dZ.dtype)})
+    _outputs(where, out, {"dZ_prev": (shape, stored), "db_prev": (shape[1:], real)})
 
 
-def linear_wgrad(dZ: Array, X: Array, out: Array | None) -> None:
+def linear_wgrad(dZ: Array, X: Array, out: Array | None, precision: str | None = None) -> None:
     where = "linear_wgrad"
-    floating(where, "dZ", dZ, 2)
-    floating(where, "X", X, 2)
-    array(where, "X", X, (("batch", dZ.shape[0]), "in_features"), dZ.dtype)
+    stored, real = _operands(where, precision, dZ=dZ, X=X)
+    array(where, "X", X, (("batch", dZ.shape[0]), "in_features"), stored)
     shape = (("out_features", dZ.shape[1]), ("in_features", X.shape[1]))
-    _outputs(where, None if out is None else (out,), {"dW": (shape, dZ.dtype)})
+    _outputs(where, None if out is None else (out,), {"dW": (shape, real)})
 
 
 def loss(

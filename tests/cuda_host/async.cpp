@@ -197,6 +197,24 @@ float from_fp16(unsigned bits) {
     return sign * ldexpf(static_cast<float>(fraction + 1024), exponent - 25);
 }
 
+unsigned short to_fp16(float x) {
+    const unsigned sign = signbit(x) ? 0x8000 : 0;
+    if (x != x) return 0x7fff;
+    int exponent;
+    frexpf(x, &exponent);  // |x| < 2^exponent
+    const float spacing = ldexpf(1.0f, exponent < -13 ? -24 : exponent - 11);
+    const float rounded = nearbyintf(fabsf(x) / spacing) * spacing;
+    if (rounded >= 65536.0f) return static_cast<unsigned short>(sign | 0x7c00);
+    if (rounded < ldexpf(1.0f, -14)) return static_cast<unsigned short>(sign | unsigned(ldexpf(rounded, 24)));
+    const unsigned digits = unsigned(ldexpf(frexpf(rounded, &exponent), 11));  // 1024 ... 2047
+    return static_cast<unsigned short>(sign | unsigned(exponent + 14) << 10 | (digits & 1023));
+}
+
+unsigned to_tf32(unsigned bits) {
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fffffff;
+    return (bits + 0x1000) & ~0x1fffu;
+}
+
 void mma16(float* d, const unsigned* a, const unsigned* b, float (*value)(unsigned), int line) {
     struct Fragments { unsigned a[4], b[2]; };
     const auto lanes = gather(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, line);

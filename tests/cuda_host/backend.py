@@ -22,6 +22,7 @@ from backprop_kernels.operators import OPERATORS
 
 from tests.cuda_host import build, cupy_stand_in
 
+FUNCTIONS = [name for row in OPERATORS for name in row.functions]
 Place: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
@@ -83,13 +84,13 @@ class Mirror:
 _mirror: Mirror | None = None  # of the capture that is going on
 
 
-def _operator(name: str, place: Place) -> Callable[..., Any]:
-    @wraps(getattr(cuda, name))
+def _operator(name: str, place: Place, module: Any) -> Callable[..., Any]:
+    @wraps(getattr(module, name))
     def call(*arguments: Any, **options: Any) -> Any:
         with place():
             mirror = _mirror or Mirror()
             placed = {k: mirror.to_device(v) if k != "options" else v for k, v in options.items()}
-            result = getattr(cuda, name)(*(mirror.to_device(a) for a in arguments), **placed)
+            result = getattr(module, name)(*(mirror.to_device(a) for a in arguments), **placed)
             if _mirror is None:
                 mirror.download()
             return mirror.to_host(result)
@@ -138,13 +139,15 @@ def _copied(cupy: Any, value: np.ndarray) -> Any:
     return cupy.asarray(np.repeat(value, 2, axis=-1))[..., ::2]
 
 
-def adapter(place: Place) -> SimpleNamespace:
-    """The CUDA backend for NumPy arrays; every call happens inside `place()`."""
+def adapter(place: Place, module: Any = cuda, *more: str) -> SimpleNamespace:
+    """The CUDA backend, or one like it, for NumPy arrays; every call happens inside `place()`."""
     return SimpleNamespace(
         __name__="backprop_kernels.cuda",
         __all__=cuda.__all__,
         capture=_capture(place),
-        **{name: _operator(name, place) for row in OPERATORS for name in row.functions},
+        place=place,
+        module=module,
+        **{name: _operator(name, place, module) for name in (*FUNCTIONS, *more)},
     )
 
 

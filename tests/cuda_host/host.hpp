@@ -77,7 +77,9 @@ void commit_products(int line);
 void wait_products(size_t pending, int line);
 unsigned short to_bf16(float x);
 float from_bf16(unsigned bits);
+unsigned short to_fp16(float x);
 float from_fp16(unsigned bits);
+unsigned to_tf32(unsigned bits);
 void mma16(float* d, const unsigned* a, const unsigned* b, float (*value)(unsigned), int line);
 void mma_tf32(float* d, const unsigned* a, const unsigned* b, int line);
 

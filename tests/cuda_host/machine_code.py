@@ -28,6 +28,9 @@ NEEDS_NVRTC = pytest.mark.skipif(
 REGISTERS = 65536  # of a multiprocessor: a block that needs more cannot start
 REGISTERS_PER_THREAD = 216
 SHARED = 48 << 10  # bytes of static shared memory that any GPU gives a block
+# Products on tensor cores: a warp's tile fills its registers; 99 KiB is what a block may ask for
+# on sm_89 and sm_120.
+TENSOR_CORES, ALL_REGISTERS, MOST_SHARED = "tensor_product.cuh", 255, 99 << 10
 # Kernels that add or scale in float64 on purpose, whatever the dtype of their arrays.
 FLOAT64 = {
     "gradient_squares", "loss", "loss_cross_entropy", "loss_gaussian_nll", "loss_shares",
@@ -52,6 +55,18 @@ def real(unit: Unit) -> str:
     return "double" if "using real = double" in unit.variant else "float"
 
 
+def on_tensor_cores(unit: Unit) -> bool:
+    return TENSOR_CORES in unit.variant
+
+
+def expected(unit: Unit) -> set[str]:
+    """Instructions that a product must have."""
+    if not on_tensor_cores(unit):
+        return {MULTIPLIES[real(unit)]}
+    by_element = "using operand = tf32" in unit.variant and unit.file == "linear_wgrad.cu"
+    return {"HMMA", "LDGSTS"} | (set() if by_element else {"LDSM"})
+
+
 def problems(job: Job) -> list[str]:
     """What is wrong with the unit as it is compiled, in words; nothing where all is well."""
     unit, entries, arch, disassemble = job
@@ -68,9 +83,11 @@ def problems(job: Job) -> list[str]:
         registers, shared, stack = usage(compiled.log, entry)
         if stack:
             found.append(f"{entry}: {stack} bytes of stack")
-        if registers > min(REGISTERS_PER_THREAD, REGISTERS // max(asked.threads)):
+        tensor_cores = on_tensor_cores(unit)
+        each = ALL_REGISTERS if tensor_cores else REGISTERS_PER_THREAD
+        if registers > min(each, REGISTERS // max(asked.threads)):
             found.append(f"{entry}: {registers} registers in {max(asked.threads)} threads")
-        if shared + asked.shared > SHARED:
+        if shared + asked.shared > (MOST_SHARED if tensor_cores else SHARED):
             found.append(f"{entry}: {shared} + {asked.shared} bytes of shared memory")
         if real(unit) == "float" and entry not in FLOAT64 and ".f64" in body(compiled.ptx, entry):
             found.append(f"{entry}: float64 in the PTX")
@@ -78,8 +95,8 @@ def problems(job: Job) -> list[str]:
             kinds = {code.partition(".")[0] for code in made_of[entry]}
             if kinds & {"LDL", "STL"}:
                 found.append(f"{entry}: local memory")
-            if entry.startswith("linear_") and MULTIPLIES[real(unit)] not in kinds:
-                found.append(f"{entry}: no {MULTIPLIES[real(unit)]}")
+            if entry.startswith("linear_") and not expected(unit) <= kinds:
+                found.append(f"{entry}: no {', '.join(sorted(expected(unit) - kinds))}")
             if real(unit) == "float" and entry not in FLOAT64:
                 double = [c for c in made_of[entry] if re.match(r"D(ADD|MUL|FMA)\b", c)]
                 found += [f"{entry}: {code}" for code in double]

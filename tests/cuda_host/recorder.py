@@ -16,6 +16,7 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Dropout
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
 
@@ -51,6 +52,7 @@ def recording() -> Iterator[Record]:
                 asked.threads.add(int(np.prod(block)))
                 asked.shared = max(asked.shared, shared)
 
+            run.ptr = name  # type: ignore[attr-defined]
             return run
 
     def cubin(unit: Unit, arch: str) -> bytes:
@@ -86,6 +88,24 @@ def everything(
                 cuda.linear_wgrad(_empty(dtype, batch, 3), _empty(dtype, batch, 4))
             cuda.linear_wgrad(_empty(dtype, 1, 8192), _empty(dtype, 1, 4))
             cuda.gather_rows(_empty(dtype, 5, 3), _empty(np.dtype(np.int64), 2))
+    return record
+
+
+def products(precision: str, activations: Sequence[str]) -> Record:
+    """The record of the linear layers in a precision: every tile, each also into float32."""
+    with recording() as record:
+        backend = InPrecision(precision)
+        stored, real = np.dtype(backend.precision.stored), np.dtype(backend.precision.real)
+        drop = Dropout(0.5, _empty(np.dtype(np.int64), 2), 1)
+        for rows, columns in ((8, 4), (4096, 256), (8192, 4)):
+            A, B = _empty(stored, rows, 3), _empty(stored, columns, 3)
+            Z, b = _empty(stored, rows, columns), _empty(real, columns)
+            for activation in activations:
+                backend.linear_forward(A, B, b, activation, drop)
+                backend.linear_dgrad(A, _empty(stored, 3, columns), Z, activation, drop)
+            backend.linear_forward(A, B, out=(_empty(real, rows, columns), None))
+            backend.linear_wgrad(_empty(stored, 3, rows), _empty(stored, 3, columns))
+        backend.cast(_empty(real, 8), _empty(stored, 8))
     return record
 
 

@@ -15,11 +15,13 @@ import pytest
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.errors import KernelCompileError
+from backprop_kernels.precisions import PRECISIONS
 
 from tests.cuda_host import recorder
 from tests.cuda_host.machine_code import NEEDS_NVRTC, Job, all_problems, problems, real
 from tests.cuda_host.recorder import Asked, Record
 
+WIDEST = ("identity", "gelu", "sin")  # of the activations: the least and the most registers
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
 pytestmark = NEEDS_NVRTC
@@ -57,12 +59,32 @@ def test_every_kernel_compiles_as_it_is_launched(arch: str) -> None:
     assert not all_problems(chosen)
 
 
+def test_products_on_tensor_cores_compile_as_they_are_launched() -> None:
+    """No spills within their registers and shared memory; the instructions they are for."""
+    chosen = list(jobs(recorder.products("bf16", ("identity",)), "sm_80", lambda _: True))
+    assert len(chosen) > 9
+    assert not all_problems(chosen)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ("sm_90a", *ARCHITECTURES[1:]))
+def test_every_product_on_tensor_cores_compiles(arch: str) -> None:
+    chosen = [
+        job
+        for row in PRECISIONS.values()
+        if row.tensor_cores
+        for job in jobs(recorder.products(row.name, WIDEST), arch, lambda _: True)
+    ]
+    print(f"{len(chosen)} units for {arch}")
+    assert not all_problems(chosen)
+
+
 def test_every_cu_file_and_entry_is_launched() -> None:
     """So that nothing escapes these checks."""
     record = recorder.everything(("float32",), ("gelu",), ("mse", "cross_entropy", "gaussian_nll"),
                                  ("SGD",))  # fmt: skip
     launched: dict[str, set[str]] = {}
-    for unit, entries in record.items():
+    for unit, entries in (record | recorder.products("bf16", ("gelu",))).items():
         launched.setdefault(unit.file, set()).update(entries)
     written = {
         path.name: set(re.findall(r"^(\w+)\(", path.read_text(encoding="utf-8"), re.M))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +19,13 @@ from backprop_kernels import reference
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda import launch, rows
+from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.errors import LabelError
 from backprop_kernels.optimizers import OPTIMIZERS
+from backprop_kernels.precisions import round_to, widen
 
 from tests.cuda_host import build, cupy_stand_in
-from tests.cuda_host.backend import backend
+from tests.cuda_host.backend import adapter, backend, installed
 
 pytestmark = pytest.mark.skipif(bool(build.problem()), reason=build.problem())
 F32 = np.dtype(np.float32)
@@ -208,6 +211,75 @@ def sines() -> None:
     same("linear_forward", *normal((60, 1), (5, 1)), 9 * normal((5,))[0], "sin")
 
 
+def many_rows() -> None:
+    """More rows of tiles than a group, the last group not full; several columns of tiles."""
+    same("linear_forward", *whole((300, 5), (70, 5)), **EXACT)
+
+
+@cache
+def mixed(precision: str) -> Any:
+    with installed():
+        return adapter(installed, InPrecision(precision), "cast")
+
+
+def rounded(precision: str, name: str, *arrays: Array) -> None:
+    """The product of whole numbers in a precision, exact but for the rounding of its result."""
+    got = getattr(mixed(precision), name)(*(round_to(a, precision) for a in arrays))
+    expected = getattr(reference, name)(*(a.astype(float) for a in arrays))
+    pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+    for computed, true in pairs:
+        if computed is not None and true is not None:
+            exact = true.astype(F32)
+            if computed.dtype != F32:
+                computed, exact = widen(computed), widen(round_to(exact, precision))
+            np.testing.assert_array_equal(computed, exact)
+
+
+def tensor_products(precision: str = "bf16") -> None:
+    """Rows on 16 bytes and rows that are not; fewer strips than stages, and more."""
+    for batch, in_features, out_features in ((70, 40, 24), (45, 37, 13), (200, 200, 8)):
+        X, W, dZ = whole(
+            (batch, in_features), (out_features, in_features), (batch, out_features)
+        )  # fmt: skip
+        rounded(precision, "linear_forward", X, W)
+        rounded(precision, "linear_wgrad", dZ, X)
+        rounded(precision, "linear_dgrad", np.sign(dZ), np.sign(W))
+
+
+def tf32_products() -> None:
+    tensor_products("tf32")
+
+
+def fp16_numbers() -> None:
+    """Above a half the last place is rounded up, of operands and of what is stored."""
+    X = np.array([[1 + 2.0**-11 + 2.0**-20, 3.0]], F32)
+    expected = np.array([[1 + 2.0**-10, 3.0]], F32)
+    Y, _ = mixed("tf32").linear_forward(X, np.eye(2, dtype=F32))
+    np.testing.assert_array_equal(Y, expected)
+    for precision in ("fp16", "bf16"):
+        out = np.empty((1, 2), round_to(X, precision).dtype)
+        mixed(precision).cast(X, out)
+        np.testing.assert_array_equal(out, round_to(X, precision))
+        unit = round_to(np.eye(2, dtype=F32), precision)
+        Y, _ = mixed(precision).linear_forward(out, unit)
+        np.testing.assert_array_equal(Y, out)
+
+
+def loss_scale() -> None:
+    dZ, X, W = (round_to(a, "fp16") for a in whole((70, 5), (70, 7), (5, 7)))
+    fp16 = mixed("fp16")
+    for scale in (8.0, 1.0):
+        with installed():
+            fp16.module.set_loss_scale(scale)
+        scaled = dZ * np.float16(scale)
+        np.testing.assert_array_equal(fp16.linear_wgrad(scaled, X), dZ.T.astype(F32) @ X)
+        _, db = fp16.linear_dgrad(scaled, W)
+        np.testing.assert_array_equal(db, (dZ.astype(F32) @ W).sum(axis=0))
+        out = np.empty((64, 5), np.float16)  # up to the guard page
+        fp16.cast(dZ[:64].astype(F32), out, np.array(scale, F32))
+        np.testing.assert_array_equal(out, scaled[:64])
+
+
 class Mutant(NamedTuple):
     """`old` becomes `new`, once, in a file of the CUDA backend; `check` must fail then."""
 
@@ -288,11 +360,54 @@ MUTANTS = [
     Mutant("product.cuh", "[column]);\n        }\n        " + BARRIER, "[column]);\n        }",
            products),
     Mutant("linear_forward.cu", "b ? sum + b[n] : sum", "sum", products),
-    Mutant("linear_forward.cu", "(N + T::N - 1) / T::N", "(N + 1) / T::N", products),
+    Mutant("corner.cuh", "(N + T::N - 1) / T::N", "(N + 1) / T::N", many_rows),
+    Mutant("corner.cuh", "(M + T::M - 1) / T::M", "M / T::M", many_rows),
+    Mutant("corner.cuh", "first * across", "first", many_rows),
+    Mutant("corner.cuh", "min(GROUP, down - first)", "max(GROUP, down - first)",
+           many_rows),
     Mutant("linear_wgrad.cu", "min(k0 + rows_per_split, K)", "k0 + rows_per_split", products),
     Mutant("linear_wgrad.cu", "blockIdx.y * M * N", "blockIdx.y * M", products),
     Mutant("linear_dgrad.cu", "= column_sum;\n    " + BARRIER, "= column_sum;", products),
     Mutant("linear_dgrad.cu", "i = 1; i < PARTS", "i = 2; i < PARTS", products),
+    Mutant("linear_dgrad.cu", "unscale ? column_sum * *unscale : column_sum", "column_sum",
+           loss_scale),
+    Mutant("linear_wgrad.cu", "unscale ? *unscale : real(1)", "real(1)", loss_scale),
+    Mutant("cast.cu", "values[i] * by", "values[i] / by", loss_scale),
+    Mutant("cast.cu", "i < size;", "i <= size;", loss_scale),
+    Mutant("floats.cuh", "bits(to_fp16(x))", "bits(to_bf16(x))", fp16_numbers),
+    Mutant("floats.cuh", "return to_tf32(x)", "return x", fp16_numbers),
+    Mutant("floats.cuh", "mma_fp16(d, a, b)", "mma_bf16(d, a, b)", fp16_numbers),
+    *(Mutant("tensor_product.cuh", old, new, check) for old, new, check in (
+        ("copy_async_wait<Tile::STAGES - 2>", "copy_async_wait<Tile::STAGES - 1>",
+         tensor_products),
+        (BARRIER + "  // this strip is there for all, and all have done with the one before", "",
+         tensor_products),
+        ("k + (Tile::STAGES - 1) * STRIP_K", "k + Tile::STAGES * STRIP_K", tensor_products),
+        ("copy_async_commit();  // also", "if (k < k_end) copy_async_commit();  // also",
+         tensor_products),
+        ("left < CHUNK ? int(left) : CHUNK", "left > 0 ? CHUNK : 0", tensor_products),
+        ("row < rows ? max(columns", "row <= rows ? max(columns",
+         tensor_products),
+        ("j < valid ? source[j] : stored(0.0f)", "source[j]", tensor_products),
+        ("sizeof(stored)) % 16 == 0", "sizeof(stored)) % 2 == 0", tensor_products),
+        ("place(first + lane % 16,", "place(first + lane % 8,", tensor_products),
+        ("step * 2 + lane / 16", "lane / 16", tensor_products),
+        ("lane / 16 * 8 + lane % 8", "lane % 16", tensor_products),
+        ("first / 8 + lane / 8 % 2", "first / 8 + lane / 16", tensor_products),
+        ("{b[0], b[2]}, right[2] = {b[1], b[3]}", "{b[0], b[1]}, right[2] = {b[2], b[3]}",
+         tensor_products),
+        ("i / 2 * 4 + lane % 4", "i % 2 * 4 + lane % 4", tf32_products),
+        ("first + i % 2 * 8 + lane / 4", "first + i / 2 * 8 + lane / 4", tf32_products),
+        ("now = now + 1 == Tile::STAGES ? 0 : now + 1", "now ^= 1", tensor_products),
+        ("next + 1 == Tile::STAGES ? 0 : next + 1", "next ^ 1", tensor_products),
+        ("stage < Tile::STAGES - 1; ++stage", "stage < Tile::STAGES - 2; ++stage",
+         tensor_products),
+        (BARRIER + "  // the strips, or the rows before, have been read", "", tensor_products),
+        ("}\n        " + BARRIER + "\n#pragma unroll 1", "}\n#pragma unroll 1", tensor_products),
+        ("lane / 4 + e / 2 * 8", "lane / 4 + e / 2 * 4", tensor_products),
+        ("(row / 16 * Tile::ROWS + i) * 16", "(row / 16 + i) * 16", tensor_products),
+        ("m < M && n < N) element", "n < N) element", tensor_products),
+    )),
 ]  # fmt: skip
 
 

@@ -169,9 +169,13 @@ def function(name: str, parameters: Sequence[str], formula: Callable[..., Any]) 
     return "\n".join([f"{head}({', '.join(arguments)}) {{", *lines, "}", ""])
 
 
-def variant(dtype: Any, *functions: str, **constants: int) -> str:
-    """The text of variant.cuh: what one compilation of a kernel file is made for."""
+def variant(dtype: Any, *functions: str, types: Sequence[str] = (), **constants: int) -> str:
+    """The text of variant.cuh: what one compilation of a kernel file is made for.
+
+    `types` are the lines that say what lies in memory, where that is not `real`.
+    """
     real = {"float32": "float", "float64": "double"}[str(dtype)]
     lines = ['#include "ptx.cuh"', f"using real = {real};", '#include "sine.cuh"']
+    lines += types or ["using stored = real;"]
     lines += [f"constexpr int {name} = {int(value)};" for name, value in constants.items()]
     return "\n".join([*lines, "", *functions])

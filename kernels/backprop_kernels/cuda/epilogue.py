@@ -18,19 +18,21 @@ SUM_THREADS = 256
 
 
 @cache
-def variant(dtype: np.dtype[Any], activation: str) -> str:
-    """The text of variant.cuh for epilogue.cuh."""
+def variant(dtype: Any, activation: str, types: tuple[str, ...] = ()) -> str:
+    """The text of variant.cuh for epilogue.cuh; `types` as in code.variant."""
     act = ACTIVATIONS[activation]
     return code.variant(
         dtype,
         code.function("activation", ["z"], lambda z: act.forward(code, z)),
         code.function("derivative", ["saved"], lambda saved: act.derivative(code, saved)),
+        types=types,
         SAVES=SAVES[act.saves],
     )
 
 
-def dropout_arguments(dropout: Dropout | None, dtype: np.dtype[Any]) -> tuple[Any, ...]:
+def dropout_arguments(dropout: Dropout | None, dtype: Any) -> tuple[Any, ...]:
     """stream, layer, threshold and scale, as kernels take them; a null stream drops nothing."""
+    dtype = np.dtype(dtype)
     if dropout is None or dropout.rate == 0:
         return None, 0, 0, dtype.type(1)
     scale = dtype.type(1 / (1 - dropout.rate))
@@ -47,6 +49,6 @@ def column_sums(partial: Array, sums: Array) -> None:
 
 
 @cache
-def plain_variant(dtype: np.dtype[Any]) -> str:
+def plain_variant(dtype: Any, types: tuple[str, ...] = ()) -> str:
     """The text of variant.cuh for a kernel without formulas."""
-    return code.variant(dtype)
+    return code.variant(dtype, types=types)

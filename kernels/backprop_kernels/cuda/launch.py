@@ -172,6 +172,11 @@ def on_device(where: str, **arrays: Array | None) -> None:
         raise KindError(f"{where}: expected arrays of one device, got {devices}")
 
 
+def capability(array: Array) -> int:
+    """Of the GPU that holds `array`: 80 for 8.0."""
+    return int(cupy().cuda.Device(array.device.id).compute_capability)
+
+
 @cache
 def _function(unit: Unit, entry: str, device: int, cupy: Any) -> Any:
     return _module(unit, device, cupy).get_function(entry)

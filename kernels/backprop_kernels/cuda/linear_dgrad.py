@@ -9,8 +9,8 @@ from backprop_kernels import checks
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import column_sums, dropout_arguments, variant
-from backprop_kernels.cuda.launch import empty, launch, on_device
-from backprop_kernels.cuda.tiles import tiling
+from backprop_kernels.cuda.launch import capability, empty, launch, on_device
+from backprop_kernels.cuda.tiles import choose
 
 
 def linear_dgrad(
@@ -22,21 +22,36 @@ def linear_dgrad(
     out: tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array | None]:
     """dZ (batch, out), W (out, in), the layer below → dZ_prev (batch, in), db_prev (in)."""
-    checks.linear_dgrad(dZ, W, saved, activation, dropout, out)
+    return dgrad(None, None, dZ, W, saved, activation, dropout, out)
+
+
+def dgrad(
+    precision: str | None, unscale: Array | None, dZ: Array, W: Array,
+    saved: Array | None = None, activation: str = "identity", dropout: Dropout | None = None,
+    out: tuple[Array | None, Array | None] | None = None,
+) -> tuple[Array, Array | None]:  # fmt: skip
+    """`linear_dgrad` in a precision, or dZ's own. dZ and dZ_prev may be multiplied by a scale:
+    `unscale` is its inverse, on the device, and db_prev is the true one."""
+    checks.linear_dgrad(dZ, W, saved, activation, dropout, out, precision)
     (batch, out_features), in_features = dZ.shape, W.shape[1]
-    dZ_prev, db_prev = out or (None, empty((in_features,), dZ.dtype))
+    choice = choose(
+        "linear_dgrad", batch, in_features, out_features, precision or str(dZ.dtype),
+        capability(dZ),
+    )  # fmt: skip
+    real = choice.precision.real
+    dZ_prev, db_prev = out or (None, empty((in_features,), real))
     on_device("linear_dgrad", dZ=dZ, W=W, saved=saved, out_dZ_prev=dZ_prev, out_db_prev=db_prev)
     if dZ_prev is None:
         dZ_prev = empty((batch, in_features), dZ.dtype)
-    tile, blocks = tiling(dZ.dtype, batch, in_features)
     partial = None
     if db_prev is not None:
-        partial = empty((-(-batch // tile.rows), in_features), dZ.dtype)
+        partial = empty((-(-batch // choice.tile.rows), in_features), real)
     if dZ_prev.size:
         launch(
-            Unit("linear_dgrad.cu", variant(dZ.dtype, activation)), f"linear_dgrad_{tile.name}",
-            (blocks,), (tile.threads,), dZ, W, saved, dZ_prev, partial, batch, in_features,
-            out_features, *dropout_arguments(dropout, dZ.dtype),
+            Unit("linear_dgrad.cu", variant(real, activation, choice.types)), "linear_dgrad",
+            (choice.blocks,), (choice.tile.threads,), dZ, W, saved, unscale, dZ_prev, partial,
+            batch, in_features, out_features, *dropout_arguments(dropout, real),
+            shared=choice.tile.shared,
         )  # fmt: skip
     if partial is not None:
         column_sums(partial, db_prev)

@@ -10,8 +10,8 @@ from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import dropout_arguments, variant
-from backprop_kernels.cuda.launch import empty, launch, on_device
-from backprop_kernels.cuda.tiles import tiling
+from backprop_kernels.cuda.launch import capability, empty, launch, on_device
+from backprop_kernels.cuda.tiles import choose
 
 
 def linear_forward(
@@ -23,7 +23,16 @@ def linear_forward(
     out: tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array | None]:
     """X (batch, in), W (out, in), b (out) → Y (batch, out) and what backward needs (Y, Z, None)."""
-    checks.linear_forward(X, W, b, activation, dropout, out)
+    return forward(None, X, W, b, activation, dropout, out)
+
+
+def forward(
+    precision: str | None, X: Array, W: Array, b: Array | None = None,
+    activation: str = "identity", dropout: Dropout | None = None,
+    out: tuple[Array | None, Array | None] | None = None,
+) -> tuple[Array, Array | None]:  # fmt: skip
+    """`linear_forward` in a precision, or X's own. Y may be `stored` or, given as such, `real`."""
+    checks.linear_forward(X, W, b, activation, dropout, out, precision)
     Y, kept = out or (None, None)
     on_device("linear_forward", X=X, W=W, b=b, out_Y=Y, out_saved=kept)
     (batch, in_features), out_features = X.shape, len(W)
@@ -31,10 +40,16 @@ def linear_forward(
         Y = empty((batch, out_features), X.dtype)
     saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty)
     if Y.size:
-        tile, blocks = tiling(X.dtype, batch, out_features)
+        choice = choose(
+            "linear_forward", batch, out_features, in_features, precision or str(X.dtype),
+            capability(X),
+        )  # fmt: skip
+        result = "using result = stored;" if Y.dtype == X.dtype else "using result = real;"
+        real = choice.precision.real
         launch(
-            Unit("linear_forward.cu", variant(X.dtype, activation)), f"linear_forward_{tile.name}",
-            (blocks,), (tile.threads,), X, W, b, Y, kept, batch, out_features, in_features,
-            *dropout_arguments(dropout, X.dtype),
+            Unit("linear_forward.cu", variant(real, activation, (*choice.types, result))),
+            "linear_forward", (choice.blocks,), (choice.tile.threads,), X, W, b, Y, kept, batch,
+            out_features, in_features, *dropout_arguments(dropout, real),
+            shared=choice.tile.shared,
         )  # fmt: skip
     return Y, saved

@@ -21,7 +21,7 @@ using shared_t = uintptr_t;
 DEVICE shared_t shared_address(const void* p) { return reinterpret_cast<shared_t>(p); }
 #endif
 
-// ---- 16-bit floats, as bits
+// ---- 16-bit floats and tf32, as bits
 
 // The bfloat16 nearest to x, ties to even.
 DEVICE unsigned short to_bf16(float x) {
@@ -31,6 +31,46 @@ DEVICE unsigned short to_bf16(float x) {
     return bits;
 #else
     return host::to_bf16(x);
+#endif
+}
+
+DEVICE float from_bf16(unsigned short bits) {
+#ifdef __CUDACC__
+    return __uint_as_float(u32(bits) << 16);
+#else
+    return host::from_bf16(bits);
+#endif
+}
+
+// The float16 nearest to x, ties to even; infinite beyond 65504.
+DEVICE unsigned short to_fp16(float x) {
+#ifdef __CUDACC__
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#else
+    return host::to_fp16(x);
+#endif
+}
+
+DEVICE float from_fp16(unsigned short bits) {
+#ifdef __CUDACC__
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+#else
+    return host::from_fp16(bits);
+#endif
+}
+
+// A float32 as the nearest tf32, ties away from zero (sm_80).
+DEVICE u32 to_tf32(u32 x) {
+#ifdef __CUDACC__
+    u32 bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(x)));
+    return bits;
+#else
+    return host::to_tf32(x);
 #endif
 }
 
