@@ -179,6 +179,7 @@ def scores(
     loss: Loss,
     columns: Sequence[Array | Rows],
     metrics: Mapping[str, str | CustomMetric],
+    precision: str | None = None,
 ) -> dict[str, float]:
     """`evaluate` on checked columns: X, target[, weight]."""
     options = options_for_kernel(loss, model.out_features)
@@ -186,7 +187,7 @@ def scores(
     sums: dict[str, Sums] = {}
     kept: list[tuple[Array, Array]] = []
     custom = [name for name, metric in metrics.items() if callable(metric)]
-    for Z, (_, target, *rest) in model.outputs(columns, PREDICT_ROWS):
+    for Z, (_, target, *rest) in model.outputs(columns, PREDICT_ROWS, precision):
         weight = rest[0] if rest else None
         counted = loss.mass(target, weight)
         with model.memory as memory:

@@ -48,6 +48,7 @@ def fit(
     accumulate: int = 1,
     input_noise: float = 0.0,
     ema: float | EMA | None = None,
+    precision: str | None = None,
     callbacks: Iterable[Callback | EpochFunction] = (),
     checkpoint: str | PathLike[str] | Checkpoint | None = None,
     resume: bool | str | PathLike[str] = False,
@@ -73,6 +74,8 @@ def fit(
         accumulate: make a step of the gradients of this many batches.
         input_noise: standard deviation of Gaussian noise on X, drawn anew for every batch.
         ema: decay of an average of the parameters, which the model then holds after each epoch.
+        precision: of the products, in training and evaluation: the model's dtype, or "tf32",
+            "bf16", "fp16" for a float32 model on a GPU. Sums, parameters and update stay float32.
         callbacks: functions of (epoch, history), called after each epoch; one that returns True
             ends the training. Or objects: see `Callback`.
         checkpoint: a folder to save the fit in after every epoch, or a `Checkpoint`.
@@ -117,7 +120,9 @@ def fit(
     noise = InputNoise(
         input_noise, (batches.size, model.in_features), model.dtype, model.memory, seed
     )  # fmt: skip
-    step = TrainStep(model, loss, optimizer, batches.size, clip_norm, seed, accumulate)
+    step = TrainStep(
+        model, loss, optimizer, batches.size, clip_norm, seed, accumulate, precision
+    )  # fmt: skip
     history, rows = History(), batches.rows
     training = Training(
         model, step, history, int(epochs), rows, ("loss", "lr", *names, "seconds"), seed
@@ -125,6 +130,7 @@ def fit(
     present = [part for part in parts if part is not None]
     run = Run(training, present, batches, resolve_checkpoint(checkpoint), {
         "loss": loss, "accumulate": accumulate, "clip_norm": clip_norm, "input_noise": input_noise,
+        "precision": precision or str(model.dtype),
     })  # fmt: skip
     run.resume(resume)
     watching = Callbacks(present, training)
@@ -155,7 +161,7 @@ def fit(
                     break
                 values = {"loss": training.total / rows, "lr": step.lr}
                 for name, held_out in sets.items():
-                    found = scores(model, loss, held_out.columns, chosen)
+                    found = scores(model, loss, held_out.columns, chosen, precision)
                     values |= {f"{name}_{metric}": value for metric, value in found.items()}
                 training.validating = False
                 val_loss = values.get("val_loss")

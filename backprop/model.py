@@ -28,6 +28,7 @@ from backprop.initializers import INITIALIZERS
 from backprop.layers import NORMS, Dropout, Layer, Linear, check_chain, mlp_layers
 from backprop.losses import as_numbers, refuse_non_finite
 from backprop.passes import Plan, Workspace
+from backprop.precision import products
 
 DTYPES = ("float32", "float64")
 PREDICT_ROWS = 8192  # rows per pass of predict: activations stay in cache at common widths
@@ -136,13 +137,13 @@ class Sequential:
         self._check_shape(X.shape, where)
         return Rows(X, lambda part, known: self.inputs(part, where, finite=not known))
 
-    def predict(self, X: Any, batch_size: int | None = None) -> Array:
+    def predict(self, X: Any, batch_size: int | None = None, precision: str | None = None) -> Array:
         """The network's output (batch, out_features) for X (batch, in_features).
 
         No dropout, running statistics, the last layer's activation applied. For classifiers
         these are logits; see `predict_proba`. A model with an encoder also takes raw
         rows: a `Table`, a pandas DataFrame or an Arrow table.
-        A memory map or a dataset (HDF5, Zarr) is read as it goes.
+        A memory map or a dataset (HDF5, Zarr) is read as it goes. `precision` as in `TrainStep`.
         """
         if self.encoder is not None:
             X = self._encoded(X)
@@ -150,26 +151,30 @@ class Sequential:
             checks.integer("predict", "batch_size", batch_size, 1)
         X = self.column(X, "predict")
         Y, start = np.empty((len(X), self.out_features), self.dtype), 0
-        for out, _ in self.outputs([X], batch_size or PREDICT_ROWS):
+        for out, _ in self.outputs([X], batch_size or PREDICT_ROWS, precision):
             Y[start : start + len(out)] = self.memory.numpy(out)
             start += len(out)
         return Y
 
     def outputs(
-        self, columns: Sequence[Array | Rows], rows: int = PREDICT_ROWS
+        self,
+        columns: Sequence[Array | Rows],
+        rows: int = PREDICT_ROWS,
+        precision: str | None = None,
     ) -> Iterator[tuple[Array, list[Array]]]:
         """(Y, part): the outputs for the first of `columns`, up to `rows` rows at a time.
 
         `part` is these rows of all columns. Y is good until the next.
         """
         rows = min(rows, max(len(columns[0]), 1))
+        backend = products(self, precision, "predict")
         workspace = Workspace(rows, self.dtype, self.memory)
         plans: dict[int, Plan] = {}
         for part in parts(columns, rows):
             batch = len(part[0])
             if batch not in plans:
                 plans[batch] = Plan(
-                    self.layers, self.parameters, self.statistics, self.backend, workspace, batch
+                    self.layers, self.parameters, self.statistics, backend, workspace, batch
                 )
             with self.memory:
                 Y = plans[batch].forward(self.memory.place(part[0]))
@@ -185,14 +190,16 @@ class Sequential:
             X = read_table(X, columns=columns, kinds=self.encoder.kinds, max_refused=0.0)
         return self.encoder.transform(X) if isinstance(X, Table) else X
 
-    def predict_proba(self, X: Any, batch_size: int | None = None) -> Array:
+    def predict_proba(
+        self, X: Any, batch_size: int | None = None, precision: str | None = None
+    ) -> Array:
         """Class probabilities of a classifier that was trained on logits.
 
         One output column: sigmoid, (batch, 1). Several: softmax, (batch, classes).
         """
         from backprop_kernels.reference import array_math as m
 
-        Z = self.predict(X, batch_size)
+        Z = self.predict(X, batch_size, precision)
         if self.out_features == 1:
             with np.errstate(under="ignore"):
                 return np.asarray(sigmoid(m, Z), self.dtype)

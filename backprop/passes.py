@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -31,18 +32,20 @@ class Workspace:
         self.batch = batch
         self.memory = memory
         self.dtype = np.dtype(dtype)
-        self._buffers: dict[str, Array] = {}
+        self._buffers: dict[tuple[str, Any], Array] = {}
 
-    def rows(self, name: str, batch: int, columns: int) -> Array:
+    def rows(self, name: str, batch: int, columns: int, dtype: Any = None) -> Array:
         """The first `batch` rows of the buffer `name`."""
-        if name not in self._buffers:
-            self._buffers[name] = self.memory.zeros((self.batch, columns), self.dtype)
-        return self._buffers[name][:batch]
+        key = name, dtype or self.dtype
+        if key not in self._buffers:
+            self._buffers[key] = self.memory.zeros((self.batch, columns), key[1])
+        return self._buffers[key][:batch]
 
-    def vector(self, name: str, size: int) -> Array:
-        if name not in self._buffers:
-            self._buffers[name] = self.memory.zeros(max(size, self.batch), self.dtype)
-        return self._buffers[name][:size]
+    def vector(self, name: str, size: int, dtype: Any = None) -> Array:
+        key = name, dtype or self.dtype
+        if key not in self._buffers:
+            self._buffers[key] = self.memory.zeros(max(size, self.batch), key[1])
+        return self._buffers[key][:size]
 
 
 @dataclass
@@ -98,6 +101,13 @@ class InputPass(Pass):
 
     def gradient(self, X: Array) -> None:
         """Nothing is trained."""
+
+
+class CastPass(InputPass):
+    """The input as the products of the backend's precision read it."""
+
+    def forward(self, X: Array) -> None:
+        self.backend.cast(X, self.Y)
 
 
 class LinearPass(Pass):
@@ -171,12 +181,20 @@ class Plan:
         layout = Layout(layers)
         training = gradients is not None
         P = layout.views(parameters)
+        real = parameters.dtype
+        # What products read and write; in some precisions not what is summed and updated.
+        stored = getattr(backend, "stored", real)
+        self._backend, self._parameters, self._weights = backend, parameters, parameters
+        if stored != real:
+            self._weights = workspace.vector("weights", len(parameters), stored)
+        weights = layout.views(self._weights)
         G = layout.views(gradients) if gradients is not None else {}
         G = {name: g for name, g in G.items() if name not in frozen}
         trained = {name.rpartition(".")[0] for name in G}
         bottom = next((i for i, name in enumerate(layout.prefixes) if name in trained), 0)
         self.batch = batch
         self.passes: list[Pass] = []
+        first = min(i for i, layer in enumerate(layers) if not isinstance(layer, Dropout))
         last = max(i for i, layer in enumerate(layers) if not isinstance(layer, Dropout))
         for i, layer in enumerate(layers):
             if isinstance(layer, Dropout):
@@ -184,6 +202,10 @@ class Plan:
                     drop = arrays.Dropout(layer.rate, stream, 0)
                     self.passes.append(_input_pass(backend, layers[1], drop, workspace, batch))
                 continue
+            if stored != real and i == first and isinstance(layer, Linear):
+                X = workspace.rows("X", batch, layer.in_features, stored)
+                nothing = Dropout(0.0), "identity", None, None, None, None, None
+                self.passes.append(CastPass(backend, *nothing, X, None, None))
             activation, dropout = layer.activation, None
             if training and i == last:
                 self.output_activation, activation = activation, "identity"
@@ -197,18 +219,19 @@ class Plan:
             saves = ACTIVATIONS[activation].saves if training else ""
             keeps_more = saves == "Z" or (saves == "Y" and dropout is not None)
             prefix = layout.prefixes[i]
+            rows = partial(workspace.rows, batch=batch, columns=columns, dtype=stored)
             common: dict[str, Any] = {
                 "backend": backend,
                 "layer": layer,
                 "activation": activation,
                 "dropout": dropout,
-                "weight": P[f"{prefix}.weight"],
+                "weight": (weights if isinstance(layer, Linear) else P)[f"{prefix}.weight"],
                 "bias": P.get(f"{prefix}.bias"),
                 "d_weight": G.get(f"{prefix}.weight"),
                 "db": G.get(f"{prefix}.bias"),
-                "Y": workspace.rows(f"Y {name}", batch, columns),
-                "kept": workspace.rows(f"kept {name}", batch, columns) if keeps_more else None,
-                "dZ": workspace.rows(f"dZ {name}", batch, columns) if training else None,
+                "Y": workspace.rows(f"Y {name}", batch, columns, real if i == last else stored),
+                "kept": rows(f"kept {name}") if keeps_more else None,
+                "dZ": rows(f"dZ {name}") if training else None,
             }
             if isinstance(layer, Linear):
                 self.passes.append(LinearPass(**common))
@@ -232,6 +255,8 @@ class Plan:
 
     def forward(self, X: Array) -> Array:
         """Y of the last pass."""
+        if self._weights is not self._parameters:
+            self._backend.cast(self._parameters, self._weights)
         for p in self.passes:
             p.forward(X)
             X = p.Y

@@ -17,6 +17,7 @@ from backprop_kernels.errors import (
     OptionError,
     ShapeError,
 )
+from backprop_kernels.precisions import PRECISIONS
 
 from backprop.losses import (
     Loss,
@@ -29,6 +30,7 @@ from backprop.model import Sequential
 from backprop.muon import Muon, MuonUpdate
 from backprop.optimizers import Optimizer, resolve_optimizer
 from backprop.passes import Plan, Workspace
+from backprop.precision import LossScale, products
 from backprop.update import Update
 
 
@@ -37,9 +39,10 @@ class Gradients:
 
     def __init__(
         self, model: Sequential, loss: Loss, batch_size: int, seed: int,
-        frozen: Collection[str] = (),
+        frozen: Collection[str] = (), backend: Any = None,
     ) -> None:  # fmt: skip
         self.model = model
+        self._backend = backend  # where it is not the model's own
         self.loss = loss
         self.batch_size = batch_size
         self.memory = memory = model.memory
@@ -55,8 +58,9 @@ class Gradients:
     def operators(self, batch: int) -> Callable[..., None]:
         """A function (X, target[, weight]) that runs forward, loss and backward of `batch` rows."""
         model, loss = self.model, self.loss
+        backend = model.backend if self._backend is None else self._backend
         plan = Plan(
-            model.layers, model.parameters, model.statistics, model.backend, self.workspace,
+            model.layers, model.parameters, model.statistics, backend, self.workspace,
             batch, self.flat, self._placed, self.frozen,
         )  # fmt: skip
         self.plans[batch] = plan
@@ -65,7 +69,7 @@ class Gradients:
 
         def run(X: Array, target: Array, weight: Array | None = None) -> None:
             Z = plan.forward(X)
-            model.backend.loss(
+            backend.loss(
                 Z, target, loss.name, options, plan.output_activation, weight,
                 out=(self.value, last.dZ, last.db),
             )  # fmt: skip
@@ -114,6 +118,8 @@ class TrainStep:
         seed: of dropout.
         accumulate: how many batches make one step. Their gradients are added as those of one batch
             of all their rows would be; `flush` makes a step of fewer.
+        precision: of the products: the model's dtype, or "tf32", "bf16", "fp16" for a float32 model
+            on a GPU. Sums, parameters and the update stay float32.
 
     Raises NonFiniteError when loss or gradient is not finite (DataError where X is the cause); the
     parameters, moments and running statistics are then those of the step before. An exception from
@@ -130,6 +136,7 @@ class TrainStep:
         clip_norm: float | None = None,
         seed: int = 0,
         accumulate: int = 1,
+        precision: str | None = None,
     ) -> None:
         if not isinstance(model, Sequential):
             raise KindError(f"TrainStep: model: expected a model, got {type(model).__name__}")
@@ -141,7 +148,13 @@ class TrainStep:
             raise OptionError(f"TrainStep: clip_norm: expected a number > 0, got {clip_norm!r}")
         self.model = model
         self.optimizer = resolve_optimizer(optimizer)
-        self.gradients = Gradients(model, resolve_loss(loss), batch_size, seed, model.frozen)
+        backend = products(model, precision, "TrainStep")
+        self.gradients = Gradients(
+            model, resolve_loss(loss), batch_size, seed, model.frozen,
+            None if backend is model.backend else backend,
+        )  # fmt: skip
+        scaled = PRECISIONS[precision or str(model.dtype)].loss_scaling
+        self.loss_scale = LossScale(backend) if scaled else None
         given = (
             model.layout, model.parameters, self.gradients.flat, clip_norm, self.gradients.frozen,
             model.memory,
@@ -190,6 +203,8 @@ class TrainStep:
         try:
             self.running = True
             program(*arrays)
+            while self._overflowed():
+                program(*arrays)
             self.running = False
             value = self.loss = float(self.gradients.value)
             if self.accumulate > 1:
@@ -229,6 +244,8 @@ class TrainStep:
             "lr_factor": self.update.lr_factor,
             "moments": {name: memory.numpy(value) for name, value in self.state.items()},
         }  # fmt: skip
+        if self.loss_scale is not None:
+            state["loss_scale"] = self.loss_scale.state_dict()
         if self.pending:
             state["accumulated"] = self._sum._replace(gradient=memory.numpy(self._sum.gradient))
             state["statistics"] = [memory.numpy(value) for value in self._before_step]
@@ -252,6 +269,8 @@ class TrainStep:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+        if self.loss_scale is not None and "loss_scale" in state:
+            self.loss_scale.load_state_dict(state["loss_scale"])
         if batches.batches:
             gradient = self.model.memory.zeros(self.gradients.flat.shape, self.model.dtype)
             ours[-1] = gradient
@@ -260,6 +279,13 @@ class TrainStep:
             self._begin()
         self._copy(theirs, ours)
         self._sum, self.update.lr_factor = batches, lr_factor
+
+    def _overflowed(self) -> bool:
+        """Whether a smaller loss scale may make the gradient of this batch finite; it is set."""
+        if self.loss_scale is None or not isfinite(self.gradients.value):
+            return False
+        found = np.isfinite(self.gradients.flat).all() if self._apart else isfinite(self.norm)
+        return not found and self.loss_scale.halve()
 
     def _begin(self) -> None:
         self.update.prepare(self.steps + 1)
@@ -306,6 +332,8 @@ class TrainStep:
             self._sum = Accumulated()
             self.steps += 1
             self.update.after()
+            if self.loss_scale is not None:
+                self.loss_scale.step()
         return applied
 
     def _expect_applied(self, X: Array | None) -> None:

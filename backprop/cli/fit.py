@@ -6,6 +6,9 @@ import argparse
 from functools import partial
 from typing import Any
 
+from backprop_kernels.optimizers import OPTIMIZERS
+from backprop_kernels.precisions import PRECISIONS
+
 from backprop.cli import tables
 from backprop.cli.options import ROWS, add_network, add_refused, names, option
 from backprop.evaluation import METRICS
@@ -64,6 +67,8 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
                           help="stop after so many epochs without a better val_loss")  # fmt: skip
     training.add_argument("--metrics", type=names, default=[], metavar="NAME,…",
                           help=f"beside the losses: {', '.join(METRICS)}")  # fmt: skip
+    training.add_argument("--precision", choices=tuple(PRECISIONS), metavar="NAME",
+                          help="of products: the dtype, or on a GPU tf32, bf16, fp16")  # fmt: skip
     training.add_argument("--class-weight", choices=("balanced",), metavar="balanced",
                           help="classes count alike, however rare")  # fmt: skip
     training.add_argument("--ema", type=float, metavar="F", help="decay of averaged parameters")

@@ -1,0 +1,179 @@
+"""precision= of fit, TrainStep and predict: what it changes, by how much, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from backprop_kernels.arrays import Array
+from backprop_kernels.precisions import PRECISIONS
+
+import backprop as bp
+from backprop import precision as module
+from backprop.precision import LARGEST, LossScale
+from tests.cuda_host import build
+from tests.cuda_host.backend import installed
+
+LOW = ["bf16", "fp16", pytest.param("tf32", marks=pytest.mark.long)]
+SIZES = [9, 33, 17, 3]
+
+
+@pytest.fixture
+def emulator() -> Iterator[None]:
+    if reason := build.problem():
+        pytest.skip(f"the CUDA emulator {reason}")
+    with installed():
+        yield
+
+
+def data(rows: int = 61) -> tuple[Array, Array]:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((rows, SIZES[0]))
+    return X, (np.abs(X @ rng.standard_normal((SIZES[0], SIZES[-1])))).argmax(axis=1)
+
+
+def mlp(device: str = "cuda", **options: Any) -> bp.Sequential:
+    return bp.MLP(SIZES, activation="gelu", device=device, seed=1, **options)
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("precision", LOW)
+def test_gradient_is_the_cpus_within_the_precision(precision: str) -> None:
+    """Each of 3 layers rounds two operands forward and two backward, each time by a part in
+    2^digits at most; by another 2 for what is stored. No gradient is exactly float32's."""
+    X, y = data()
+    model = mlp()
+    exact, gradients = bp.value_and_grad(mlp("cpu"), X, y, loss="cross_entropy")
+    step = bp.TrainStep(model, "cross_entropy", "SGD", batch_size=61, precision=precision)
+    unit = 2.0 ** -PRECISIONS[precision].digits
+    assert step(X, y) == pytest.approx(exact, rel=3 * 4 * unit)
+    for name, view in step.gradients.views.items():
+        error = np.linalg.norm(view.get() - gradients[name]) / np.linalg.norm(gradients[name])
+        assert 0 < error < 3 * 6 * unit, name
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("precision", LOW)
+def test_fit_learns_and_predict_is_near(precision: str) -> None:
+    X, y = data()
+    model = mlp(dropout=0.1)
+    history = bp.fit(
+        model, X, y, loss="cross_entropy", optimizer=bp.AdamW(lr=1e-2), epochs=3, batch_size=31,
+        eval_set=(X, y), precision=precision, progress=False,
+    )  # fmt: skip
+    assert history["val_loss"][-1] < history["val_loss"][0]
+    assert model.parameters.dtype == np.float32
+    plain, low = model.predict(X), model.predict(X, precision=precision)
+    assert low.dtype == np.float32
+    error = np.linalg.norm(low - plain) / np.linalg.norm(plain)
+    assert 0 < error < 3 * 4 * 2.0 ** -PRECISIONS[precision].digits
+    assert np.array_equal(low[:7], model.predict(X[:7], precision=precision))
+
+
+@pytest.mark.usefixtures("emulator")
+def test_weights_changed_by_hand_are_read() -> None:
+    X, y = data()
+    model = mlp()
+    step = bp.TrainStep(model, "cross_entropy", "SGD", batch_size=61, precision="bf16")
+    first = step(X, y)
+    model.load_state_dict(mlp().state_dict())
+    assert step(X, y) == first
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loss_scale_falls_until_the_batch_fits(accumulate: int) -> None:
+    """No batch is left out, and the gradient is that of an unscaled one."""
+    X, y = data()
+    models = [mlp() for _ in range(2)]
+    scales, gradients = (1.0, 2.0**30), []
+    for model, scale in zip(models, scales, strict=True):
+        step = bp.TrainStep(
+            model, "cross_entropy", "SGD", 61, precision="fp16", accumulate=accumulate
+        )
+        assert step.loss_scale is not None and step.loss_scale.scale == LARGEST
+        step.loss_scale.load_state_dict({"scale": scale, "steps": 0})
+        for _ in range(accumulate):
+            step(X, y)
+        assert step.steps == 1
+        gradients.append(step.gradients.flat.get())
+        assert step.loss_scale.scale == 1 if scale == 1 else 1 < step.loss_scale.scale < scale
+    assert np.linalg.norm(gradients[0] - gradients[1]) < 2**-9 * np.linalg.norm(gradients[0])
+
+
+@pytest.mark.usefixtures("emulator")
+def test_loss_scale_is_part_of_the_state() -> None:
+    steps = [bp.TrainStep(mlp(), "mse", "SGD", 61, precision="fp16") for _ in range(2)]
+    assert steps[0].loss_scale is not None and steps[1].loss_scale is not None
+    steps[0].loss_scale.load_state_dict({"scale": 4.0, "steps": 7})
+    steps[1].load_state_dict(steps[0].state_dict())
+    assert steps[1].loss_scale.state_dict() == {"scale": 4.0, "steps": 7}
+
+
+def test_loss_scale_rises_after_many_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backend:
+        scales: ClassVar[list[float]] = []
+
+        def set_loss_scale(self, scale: float) -> None:
+            self.scales.append(scale)
+
+    monkeypatch.setattr(module, "PATIENCE", 3)
+    scale = LossScale(Backend())
+    assert scale.halve()
+    for _ in range(7):
+        scale.step()
+    assert Backend.scales == [LARGEST, LARGEST / 2, LARGEST]
+    while scale.halve():
+        pass
+    assert scale.scale == 1
+
+
+@pytest.mark.usefixtures("emulator")
+def test_a_batch_with_nan_is_refused_and_the_scale_kept() -> None:
+    X, y = data()
+    step = bp.TrainStep(mlp(), "cross_entropy", "SGD", batch_size=61, precision="fp16")
+    X[3, 1] = np.nan
+    with pytest.raises(bp.DataError, match="NaN at row 3, column 1"):
+        step(X, y)
+    assert step.loss_scale is not None and step.loss_scale.scale == LARGEST
+
+
+REFUSED = {
+    'precision: expected "float32" on device "cpu", got "bf16", which needs a GPU: '
+    'device="cuda"': lambda: bp.TrainStep(mlp("cpu"), "mse", precision="bf16"),
+    'predict: precision: expected "float32" on device "reference", got "tf32", which needs a GPU: '
+    'device="cuda"': lambda: mlp("reference").predict(data()[0], precision="tf32"),
+    'precision: expected "float64", the dtype of the model, got "fp16"; make the model with '
+    'dtype="float32"': lambda: bp.TrainStep(mlp("cpu", dtype="float64"), "mse", precision="fp16"),
+    'precision: expected "float32", the dtype of the model, or one that sums in it ("tf32", '
+    '"bf16", "fp16"), got "float64"; make the model with dtype="float64"':
+    lambda: bp.fit(mlp("cpu"), *data(), loss="cross_entropy", precision="float64"),
+    "TrainStep: precision: expected one of float64, float32, tf32, bf16, fp16; got 'int8'":
+    lambda: bp.TrainStep(mlp("cpu"), "mse", precision="int8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_had_is_refused(message: str) -> None:
+    with pytest.raises(bp.OptionError, match=re.escape(message)):
+        REFUSED[message]()
+
+
+def test_the_dtype_of_the_model_may_be_said() -> None:
+    X, y = data()
+    for dtype in ("float32", "float64"):
+        model = mlp("cpu", dtype=dtype)
+        assert np.array_equal(model.predict(X, precision=dtype), model.predict(X))
+        bp.TrainStep(model, "cross_entropy", batch_size=61, precision=dtype)(X, y)
+
+
+@pytest.mark.usefixtures("emulator")
+def test_norms_are_refused_where_activations_are_16_bits_wide() -> None:
+    with pytest.raises(bp.OptionError, match=re.escape(
+        'precision: "bf16" serves networks of Linear and Dropout layers, got one with BatchNorm; '
+        'use "tf32" or "float32"'
+    )):  # fmt: skip
+        bp.TrainStep(mlp(norm="batch"), "mse", precision="bf16")
