@@ -40,42 +40,49 @@ template <int SIZE, bool BY_K> struct Strip {
     }
 
     // This thread's chunks of the strip whose first element is (first, k); outside of size x k_end
-    // everything is 0.
+    // everything is 0. They lie in one column of chunks, EVERY rows apart.
     static DEVICE void fetch(unsigned char* to, const stored* from, long long stride, long long first,
                              long long size, long long k, long long k_end) {
-        const long long rows = BY_K ? k_end : size, columns = BY_K ? size : k_end;
+        constexpr int EVERY = Tile::THREADS / CHUNKS;
+        static_assert(Tile::THREADS % CHUNKS == 0 && ROWS % EVERY == 0, "every thread fetches as much");
+        const int c = threadIdx.x % CHUNKS, down = threadIdx.x / CHUNKS;
+        const long long column = (BY_K ? first : k) + c * CHUNK, row = (BY_K ? k : first) + down;
+        const long long right = (BY_K ? size : k_end) - column, below = (BY_K ? k_end : size) - row;
+        const int wide = right < CHUNK ? int(max(right, 0ll)) : CHUNK;  // elements of a chunk that are there
+        const stored* source = from + row * stride + column;
         const bool whole = (reinterpret_cast<size_t>(from) | size_t(stride) * sizeof(stored)) % 16 == 0;
+        if (whole) {
 #pragma unroll
-        for (int e = 0; e < ROWS * CHUNKS / Tile::THREADS; ++e) {
-            const int i = int(threadIdx.x) + e * Tile::THREADS, r = i / CHUNKS, c = i % CHUNKS;
-            const long long row = (BY_K ? k : first) + r, column = (BY_K ? first : k) + c * CHUNK;
-            const long long left = row < rows ? max(columns - column, 0ll) : 0;
-            const int valid = left < CHUNK ? int(left) : CHUNK;
-            const stored* source = valid ? from + row * stride + column : from;
-            unsigned char* at = to + place(r, c);
-            if (whole) {
-                copy_async_16(shared_address(at), source, valid * sizeof(stored));
-            } else {
+            for (int e = 0; e < ROWS / EVERY; ++e)
+                copy_async_16(shared_address(to + place(down + e * EVERY, c)), source + e * EVERY * stride,
+                              e * EVERY < below ? wide * sizeof(stored) : 0);
+            return;
+        }
 #pragma unroll 1
-                for (int j = 0; j < CHUNK; ++j)
-                    reinterpret_cast<stored*>(at)[j] = j < valid ? source[j] : stored(0.0f);
-            }
+        for (int e = 0; e < ROWS / EVERY; ++e) {
+            stored* chunk = reinterpret_cast<stored*>(to + place(down + e * EVERY, c));
+            for (int j = 0; j < CHUNK; ++j)
+                chunk[j] = e * EVERY < below && j < wide ? source[e * EVERY * stride + j] : stored(0.0f);
         }
     }
 
-    // The 16 rows (or columns of C) at `first` by 32 bytes of K, as mma takes a matrix of A: this
-    // lane's row is lane / 4, that of r[1] and r[3] 8 more; r[2] and r[3] are the second half of K.
-    static DEVICE void fragment(u32 (&r)[4], const unsigned char* strip, int first, int step) {
-        const int lane = threadIdx.x % 32;
+    // The 16 rows (or columns of C) at `first` by 32 bytes of K, as four matrices of 8 rows by 16 bytes.
+    // mma takes of A first both halves of the rows, of B first both halves of K: registers that it
+    // takes together lie side by side.
+    template <bool OF_B> static DEVICE void fragment(u32 (&r)[4], const unsigned char* strip, int first, int step) {
+        const auto lower = [](int matrix) { return OF_B ? matrix / 2 : matrix % 2; };  // half of the rows
+        const auto later = [](int matrix) { return OF_B ? matrix % 2 : matrix / 2; };  // half of K
+        const int lane = threadIdx.x % 32, matrix = lane / 8;
         if constexpr (!BY_K) {
-            ldmatrix_x4(r, shared_address(strip + place(first + lane % 16, step * 2 + lane / 16)));
+            const int row = first + lower(matrix) * 8 + lane % 8;
+            ldmatrix_x4(r, shared_address(strip + place(row, step * 2 + later(matrix))));
         } else if constexpr (sizeof(stored) == 2) {
-            const int k = step * 16 + lane / 16 * 8 + lane % 8;
-            ldmatrix_x4_transposed(r, shared_address(strip + place(k, first / 8 + lane / 8 % 2)));
+            const int k = step * 16 + later(matrix) * 8 + lane % 8;
+            ldmatrix_x4_transposed(r, shared_address(strip + place(k, first / 8 + lower(matrix))));
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int k = step * 8 + i / 2 * 4 + lane % 4, m = first + i % 2 * 8 + lane / 4;
+                const int k = step * 8 + later(i) * 4 + lane % 4, m = first + lower(i) * 8 + lane / 4;
                 r[i] = *reinterpret_cast<const u32*>(strip + place(k, m / 4) + m % 4 * 4);
             }
         }
@@ -122,12 +129,13 @@ static DEVICE void multiply(const stored* A, long long lda, const stored* B, lon
         for (int step = 0; step < STEPS; ++step) {
             u32 a[Tile::ROWS][4];
 #pragma unroll
-            for (int i = 0; i < Tile::ROWS; ++i) OfA::fragment(a[i], of_A, Tile::warp_row() + i * 16, step);
+            for (int i = 0; i < Tile::ROWS; ++i)
+                OfA::template fragment<false>(a[i], of_A, Tile::warp_row() + i * 16, step);
 #pragma unroll
             for (int j = 0; j < Tile::COLUMNS; ++j) {
                 u32 b[4];
-                OfB::fragment(b, of_B, Tile::warp_column() + j * 16, step);
-                const u32 left[2] = {b[0], b[2]}, right[2] = {b[1], b[3]};
+                OfB::template fragment<true>(b, of_B, Tile::warp_column() + j * 16, step);
+                const u32 left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
                 for (int i = 0; i < Tile::ROWS; ++i) {
                     operand::multiply_add(sums.at[i][2 * j], a[i], left);
