@@ -6,7 +6,6 @@ import argparse
 from functools import partial
 from typing import Any
 
-from backprop_kernels.optimizers import OPTIMIZERS
 from backprop_kernels.precisions import PRECISIONS
 
 from backprop.cli import tables
