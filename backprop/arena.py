@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from backprop_kernels.arrays import Array
 
 from backprop.layers import BatchNorm, Dropout, Layer, Linear, RMSNorm
-
-ALIGNMENT = 64  # bytes: a cache line and a full vector register
 
 
 class Layout:
@@ -55,11 +51,3 @@ class Layout:
             name: flat[self.offsets[name] : self.offsets[name] + math.prod(shape)].reshape(shape)
             for name, shape in self.shapes.items()
         }
-
-
-def aligned_zeros(shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Zeros that start on a cache line."""
-    count = math.prod(shape) if isinstance(shape, tuple) else shape
-    raw = np.zeros(count * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)

@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from backprop_kernels import host_memory
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import BackpropError, ShapeError
 
-from backprop.arena import aligned_zeros
 from backprop.memory import HOST, Memory
 
 BLOCK_BYTES = 2**20  # rows read together: long enough for a disk's full speed
@@ -126,7 +126,7 @@ class Batches:
             [c for c in columns if not isinstance(c, Rows)]
         )
         # Arrays like those of a full batch.
-        self.full = [aligned_zeros((self.size, *c.shape[1:]), c.dtype) for c in columns]
+        self.full = [host_memory.zeros((self.size, *c.shape[1:]), c.dtype) for c in columns]
         if self.resident:
             self.columns = [memory.place(column) for column in columns]
             self.full = [memory.place(buffer) for buffer in self.full]

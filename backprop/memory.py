@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+from backprop_kernels import host_memory
 from backprop_kernels.arrays import Array
-
-from backprop.arena import aligned_zeros
 
 
 class Memory(Protocol):
@@ -50,7 +49,7 @@ class HostMemory:
         pass
 
     def zeros(self, shape: Any, dtype: Any) -> Array:
-        return aligned_zeros(shape, dtype)
+        return host_memory.zeros(shape, dtype)
 
     def place(self, array: Array) -> Array:
         return array

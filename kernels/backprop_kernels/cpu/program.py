@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from backprop_kernels import host_memory
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu import threads
 from backprop_kernels.cpu.compile import address
@@ -191,7 +192,9 @@ def capture(operators: Callable[..., None], *inputs: Array) -> Callable[..., Non
 
 
 def scratch(shape: Any, dtype: Any) -> Array:
-    """Uninitialised memory for a kernel, on a cache line."""
+    """Memory for a kernel, on a cache line; in a program, where it lives on, in huge pages."""
+    if getattr(_recording, "program", None) is not None:
+        return host_memory.zeros(shape, dtype)
     dtype = np.dtype(dtype)
     count = int(np.prod(shape))
     raw = np.empty(count * dtype.itemsize + 64, np.uint8)
