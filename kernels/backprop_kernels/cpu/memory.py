@@ -87,21 +87,6 @@ def pause(typing_context: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for the cache line at `address`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        hints = [ir.Constant(word, n) for n in (0, 3, 1)]  # to read, keep, data
-        builder.call(function, [builder.inttoptr(arguments[0], byte), *hints])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def yield_core(typing_context: Any) -> Any:
     """Let the operating system run another thread on this core."""
 

@@ -1,9 +1,9 @@
 """The product behind linear_forward, linear_dgrad and linear_wgrad: C = A B, then an epilogue.
 
 M, N, K: C (M, N), A (M, K), B (K, N). C is cut into groups, a range of rows by a range of columns,
-and a group into blocks of rows. A thread packs the group's columns of B into panels as wide as the
-tile, for itself, and then takes blocks: for BLOCK_K steps of K at a time it packs the block's rows
-of A and runs the tile over both; then the operator's epilogue, while the block is still in cache,
+and a group into blocks of rows. A thread takes a block at a time: for BLOCK_K steps of K it packs
+the group's columns of B into panels as wide as the tile, then some rows of A, and runs the tile
+over both; after the last steps comes the operator's epilogue, while those rows are still in cache,
 so no activation makes a second trip through memory. Every thread begins with groups of its own, so
 that it meets rows that it wrote, and then helps with the others'. An element of C is computed the
 same way whoever computes it.
@@ -24,9 +24,10 @@ from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 from backprop_kernels.cpu.threads import available_cpus, get_num_threads
 from backprop_kernels.cpu.tile import host_shape
 
-BLOCK_K = 192  # steps of K per pass: a panel of B then stays in L1 below all rows of the block
-BLOCK_ROWS = 144  # rows of A per pass: with them, C and the next panels fit in half of a 2 MB L2
-GROUP_COLUMNS = 1024  # of C: beyond, a block of C leaves the cache between passes
+BLOCK_K = 256  # steps of K per pass, about: a panel of B then stays in L1 below all rows of A
+ROWS = 144  # of A per pass: with them, C and the panels of B fit in a 2 MB L2
+BLOCK_ROWS = 1024  # rows of a block where B is packed for each pass of each block
+GROUP_COLUMNS = 1024  # of C: beyond, the panels of B leave L2 between rows of A
 # Bytes from row to row up to which a matrix is read as it lies. Beyond, every row is another page
 # and rows fall into the same cache sets: it is packed.
 DIRECT = 2048
@@ -41,7 +42,7 @@ SPLIT_SIZE = 2**17  # elements of C: beyond, the second copy's trips cost more
 
 # Slots of a product's arguments.
 (M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, C_, C_ROW, PACKS_A, PACKS_B, PASS, BUFFERS,
- BUFFER_SIZE, A_SIZE, PARTS, ACROSS, UNIT, TALL, SPLITS, PARTIAL, TICKETS, EPILOGUE, EPILOGUE_ARGS,
+ BUFFER_SIZE, A_SIZE, PARTS, ACROSS, UNIT, BLOCK, SPLITS, PARTIAL, TICKETS, EPILOGUE, EPILOGUE_ARGS,
  FINISH) = range(27)  # fmt: skip
 
 
@@ -61,18 +62,21 @@ def multiply(
     lanes, width, height = shape.lanes(str(C.dtype)), shape.columns(str(C.dtype)), shape.rows
     most_threads = max(get_num_threads(), available_cpus())
 
-    packs_B, pass_K = B.strides[1] != size or B.strides[0] > DIRECT, BLOCK_K
+    passes = max(1, round(K / BLOCK_K))
+    pass_K = max(1, -(-K // (passes * lanes)) * lanes)
+    packs_B = B.strides[1] != size or B.strides[0] > DIRECT
     if packs_B and B.strides[1] == size and M <= FEW_ROWS:
         packs_B, pass_K = False, FEW_ROWS_K
     splits = 2 if epilogue is None and K >= SPLIT_K and M * N <= SPLIT_SIZE else 1
     unit = LEAF_ROWS if finish else height  # of rows: column sums are taken leaf by leaf
-    parts, across, tall = _divide(M, N, -(-get_num_threads() // splits), packs_B, unit, width)
+    threads = -(-get_num_threads() // splits)
+    parts, across, block = _divide(M, N, threads, packs_B, passes > 1, unit, width)
     packs_A = max(A.strides) > DIRECT and N // across >= REUSED
 
-    # What each thread packs: a block of A for one pass, then its group's columns of B.
-    A_size = packs_A * (tall + height) * min(K, pass_K) * size
+    # What each thread packs, for one pass: rows of A, then its group's columns of B.
+    A_size = packs_A * (min(block, ROWS) + height) * min(K, pass_K) * size
     columns = -(-N // (across * lanes)) * lanes
-    B_size = (-(-columns // width) if packs_B else 1) * K * width * size
+    B_size = (-(-columns // width) if packs_B else 1) * min(K, pass_K) * width * size
     buffers = scratch((most_threads, A_size + B_size), np.uint8)
     partial = scratch((splits - 1, M, N), C.dtype)
     tickets = np.zeros(splits * parts * across, np.int64)
@@ -82,7 +86,7 @@ def multiply(
             A, A.strides[0] // size, A.strides[1] // size,
             B, B.strides[0] // size, B.strides[1] // size, C, N,
             packs_A, packs_B, pass_K, buffers, A_size + B_size, A_size,
-            parts, across, unit, tall, splits, partial, tickets, leave, args, finish,
+            parts, across, unit, block, splits, partial, tickets, leave, args, finish,
         )
     )  # fmt: skip
     entry = address(_kernel, 4, str(C.dtype))
@@ -90,7 +94,7 @@ def multiply(
 
 
 def _divide(
-    M: int, N: int, threads: int, packs_B: bool, unit: int, width: int
+    M: int, N: int, threads: int, packs_B: bool, many_passes: bool, unit: int, width: int
 ) -> tuple[int, int, int]:
     """How C is cut: parts of its rows, parts across, rows of a block.
 
@@ -105,7 +109,7 @@ def _divide(
     across = max(1, min(across, panels))
     parts = min(units, threads if by_rows else -(-threads // across))
     share = -(-units // parts) * unit
-    blocks = -(-share // BLOCK_ROWS)
+    blocks = -(-share // (BLOCK_ROWS if packs_B and many_passes else ROWS))
     if not packs_B:  # a thread that helps packs nothing twice: cut finer
         blocks = max(blocks, -(-4 * threads // (parts * across)))
     return parts, across, -(-share // (blocks * unit)) * unit
@@ -120,7 +124,6 @@ def _kernel(dtype: str) -> Callable[..., None]:
         call_epilogue,
         call_kernel,
         int64s,
-        prefetch,
     )
     from backprop_kernels.cpu.vector_loop import vector_loop
 
@@ -128,22 +131,16 @@ def _kernel(dtype: str) -> Callable[..., None]:
     lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
     size = getattr(types, dtype).bitwidth // 8
     add = vector_loop(lambda x, y: (x + y,), dtype, 2)
-    tile_along, tile_across = _any_tile(dtype, True), _any_tile(dtype, False)
-    pack_rows_A, pack_rows_B = _pack_rows(dtype, height), _pack_rows(dtype, width)
-    pack_columns_A, pack_columns_B = _pack_columns(dtype, height), _pack_columns(dtype, width)
+    multiply_panels = _multiply_panels(dtype)
+    pack_A, pack_B = _pack(dtype, height), _pack(dtype, width)
 
     def kernel(args, sync, thread, threads):
         M, N, K = args[M_], args[N_], args[K_]
-        A, a_row, a_k = args[A_], args[A_ROW], args[A_K]
-        B, b_k, b_column = args[B_], args[B_K], args[B_COLUMN]
-        c_row, pass_K = args[C_ROW], args[PASS]
-        packs_A, packs_B = args[PACKS_A] != 0, args[PACKS_B] != 0
+        a_row, a_k, b_k, b_column = args[A_ROW], args[A_K], args[B_K], args[B_COLUMN]
         A_panels = args[BUFFERS] + thread * args[BUFFER_SIZE]
         B_panels = A_panels + args[A_SIZE]
-        along, a_step = a_k == 1 and not packs_A, height if packs_A else a_k
-        panel_size = K * width * size
         parts, across, splits = args[PARTS], args[ACROSS], args[SPLITS]
-        unit, tall, tickets = args[UNIT], args[TALL], int64s(args[TICKETS])
+        unit, tickets = args[UNIT], int64s(args[TICKETS])
         units, slices = (M + unit - 1) // unit, (N + lanes - 1) // lanes
         groups = splits * parts * across
         packed = -1
@@ -153,69 +150,34 @@ def _kernel(dtype: str) -> Callable[..., None]:
             top, bottom = part * units // parts * unit, min((part + 1) * units // parts * unit, M)
             left = j * slices // across * lanes
             columns = min((j + 1) * slices // across * lanes, N) - left
+            direct = 0 if args[PACKS_B] != 0 else columns // width * width  # then a ragged panel
             low, high = split * K // splits, (split + 1) * K // splits
             C = args[C_] if split == 0 else args[PARTIAL] + (split - 1) * M * N * size
-            blocks = (bottom - top + tall - 1) // tall
-            direct = 0 if packs_B else columns // width * width  # the ragged panel is packed always
             while True:
-                block = atomic_add(tickets, group, 1)
-                if block >= blocks:
+                start = top + atomic_add(tickets, group, 1) * args[BLOCK]
+                if start >= bottom:
                     break
-                if packed != j:
-                    packed = j
-                    b = B + (left + direct) * b_column * size
-                    if b_column == 1:
-                        pack_rows_B(b, b_k, K, columns - direct, B_panels)
-                    else:
-                        pack_columns_B(b, b_column, K, columns - direct, B_panels)
-                row = top + block * tall
-                rows = min(tall, bottom - row)
-                A_count, B_count = (rows + height - 1) // height, (columns + width - 1) // width
-                k = low
-                while k == low or k < high:  # once even for K = 0: the product is then 0
-                    steps, adds = min(pass_K, high - k), k - low
-                    block_A, a_panel = A + (row * a_row + k * a_k) * size, a_row * height * size
-                    if packs_A:
-                        if a_k == 1:
-                            pack_columns_A(block_A, a_row, steps, rows, A_panels)
-                        else:
-                            pack_rows_A(block_A, a_k, steps, rows, A_panels)
-                        block_A, a_panel = A_panels, steps * height * size
-                    # A packed panel of B stays in L1 while those of A pass by; one that is read as
-                    # it lies does not fit there, for its rows share cache sets: A then stays.
-                    outer, inner = (B_count, A_count) if packs_B else (A_count, B_count)
-                    for n in range(outer * inner):
-                        p, i = n // inner, n % inner
-                        if not packs_B:
-                            p, i = i, p
-                        b, step = B + (k * b_k + left + p * width) * size, b_k
-                        if p * width >= direct:
-                            b, step = B_panels + (p * width - direct) * K * size, width
-                            b += k * width * size
-                        if packs_B:
-                            # The next panel is on its way from a further cache meanwhile.
-                            ahead = b + panel_size
-                            if p + 1 == B_count:
-                                ahead = B_panels + (k + steps) % K * width * size
-                            count = steps * width * size
-                            for line in range(i * count // A_count, (i + 1) * count // A_count, 64):
-                                prefetch(ahead + line)
-                        a, a_rows = block_A + i * a_panel, min(height, rows - i * height)
-                        c = C + ((row + i * height) * c_row + left + p * width) * size
-                        n_columns = columns - p * width
-                        if along:
-                            tile_along(a, a_row, a_rows, b, step, c, c_row, steps, adds, n_columns)
-                        else:
-                            tile_across(
-                                a, a_step, a_rows, b, step, c, c_row, steps, adds, n_columns
-                            )
-                    k += pass_K
-                if args[EPILOGUE] != 0:
-                    for i in range(row, row + rows, LEAF_ROWS):
-                        call_epilogue(
-                            args[EPILOGUE], args[EPILOGUE_ARGS], i, min(LEAF_ROWS, row + rows - i),
-                            left, columns,
-                        )  # fmt: skip
+                stop = min(start + args[BLOCK], bottom)
+                for k in range(low, max(high, low + 1), args[PASS]):  # once for K = 0: C is then 0
+                    steps = min(args[PASS], high - k)
+                    if packed != k * across + j:
+                        packed = k * across + j
+                        b = args[B_] + (k * b_k + (left + direct) * b_column) * size
+                        pack_B(b, b_k, b_column, steps, columns - direct, B_panels)
+                    for row in range(start, stop, ROWS):
+                        rows = min(ROWS, stop - row)
+                        if args[PACKS_A] != 0:
+                            a = args[A_] + (row * a_row + k * a_k) * size
+                            pack_A(a, a_k, a_row, steps, rows, A_panels)
+                        multiply_panels(
+                            args, C, row, rows, left, columns, k, steps, k - low, direct, A_panels
+                        )
+                        if args[EPILOGUE] != 0 and k + steps == high:
+                            for i in range(row, row + rows, LEAF_ROWS):
+                                call_epilogue(
+                                    args[EPILOGUE], args[EPILOGUE_ARGS], i,
+                                    min(LEAF_ROWS, row + rows - i), left, columns,
+                                )  # fmt: skip
         if splits > 1:
             barrier(sync, threads)
             low = thread * M // threads * N
@@ -231,54 +193,65 @@ def _kernel(dtype: str) -> Callable[..., None]:
     return kernel
 
 
-def _pack_rows(dtype: str, width: int) -> Any:
-    """A Numba function: a matrix whose rows are contiguous into panels `width` wide, zero padded.
-
-    matrix (K, columns), `stride` from row to row; panels (columns / width, K, width).
-    """
+def _multiply_panels(dtype: str) -> Any:
+    """A Numba function: C (+)= A B of some rows, a group's columns and one pass over K."""
     import numba
     from numba import types
 
-    from backprop_kernels.cpu.memory import pointer
-    from backprop_kernels.cpu.vector_loop import vector_loop
-
-    floats = pointer(getattr(types, dtype))
-    zero = getattr(types, dtype)(0)
+    shape = host_shape()
+    width, height = shape.columns(dtype), shape.rows
     size = getattr(types, dtype).bitwidth // 8
-    copy = vector_loop(lambda x: (x,), dtype, 1)
+    tile_along, tile_across = _any_tile(dtype, True), _any_tile(dtype, False)
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def pack(matrix, stride, K, columns, panels):
-        # A few rows at a time, panel by panel: both sides are then read and written in streams.
-        for low in range(0, K, 16):
-            for j in range(0, columns, width):
-                for k in range(low, min(low + 16, K)):
-                    source = matrix + (k * stride + j) * size
-                    target = panels + (j * K + k * width) * size
-                    if j + width <= columns:
-                        copy((source, target), (), width)
-                    else:
-                        copy((source, target), (), columns - j)
-                        for i in range(columns - j, width):
-                            floats(target)[i] = zero
+    def multiply_panels(args, C, row, rows, left, columns, k, steps, adds, direct, A_panels):
+        a_row, a_k, c_row = args[A_ROW], args[A_K], args[C_ROW]
+        A, a_panel, a_step = args[A_] + (row * a_row + k * a_k) * size, a_row * height * size, a_k
+        if args[PACKS_A] != 0:
+            A, a_panel, a_step = A_panels, steps * height * size, height
+        along = a_k == 1 and args[PACKS_A] == 0
+        B = args[B_] + (k * args[B_K] + left * args[B_COLUMN]) * size
+        B_panels = A_panels + args[A_SIZE]
+        C += (row * c_row + left) * size
+        A_count, B_count = (rows + height - 1) // height, (columns + width - 1) // width
+        # A packed panel of B stays in L1 while those of A pass by; one that is read as it lies does
+        # not fit there, for its rows share cache sets: A then stays.
+        packs_B = args[PACKS_B] != 0
+        inner = A_count if packs_B else B_count
+        for n in range(A_count * B_count):
+            p, i = n // inner, n % inner
+            if not packs_B:
+                p, i = i, p
+            j = p * width
+            b, b_step = B + j * size, args[B_K]
+            if j >= direct:
+                b, b_step = B_panels + (j - direct) * steps * size, width
+            a, a_rows = A + i * a_panel, min(height, rows - i * height)
+            c = C + (i * height * c_row + j) * size
+            if along:
+                tile_along(a, a_row, a_rows, b, b_step, c, c_row, steps, adds, columns - j)
+            else:
+                tile_across(a, a_step, a_rows, b, b_step, c, c_row, steps, adds, columns - j)
 
-    return pack
+    return multiply_panels
 
 
-def _pack_columns(dtype: str, width: int) -> Any:
-    """A Numba function like pack_rows', of a matrix whose columns are contiguous.
+def _pack(dtype: str, width: int) -> Any:
+    """A Numba function: a matrix (K, columns) into panels (columns / width, K, width), zero padded.
 
-    matrix (K, columns), `stride` from column to column.
+    k_stride, stride: from one step of K and one column to the next; one of the two is 1.
     """
     import numba
     from numba import types
 
     from backprop_kernels.cpu.memory import pointer
     from backprop_kernels.cpu.tile import make_transpose
+    from backprop_kernels.cpu.vector_loop import vector_loop
 
     floats = pointer(getattr(types, dtype))
     zero = getattr(types, dtype)(0)
     size = getattr(types, dtype).bitwidth // 8
+    copy = vector_loop(lambda x: (x,), dtype, 1)
     shape = host_shape()
     lanes = shape.lanes(dtype)
     group = min(lanes, width)  # columns that go through the registers together; then the rest
@@ -287,27 +260,47 @@ def _pack_columns(dtype: str, width: int) -> Any:
     transpose_rest = make_transpose(dtype, max(rest, 1), shape.vector_bytes)
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def pack(matrix, stride, K, columns, panels):
+    def pack_rows(matrix, k_stride, K, columns, panels):
+        # A few rows at a time, panel by panel: both sides are then read and written in streams.
+        for low in range(0, K, 16):
+            for j in range(0, columns, width):
+                for k in range(low, min(low + 16, K)):
+                    source = matrix + (k * k_stride + j) * size
+                    target = panels + (j * K + k * width) * size
+                    if j + width <= columns:
+                        copy((source, target), (), width)
+                    else:
+                        copy((source, target), (), columns - j)
+                        for i in range(columns - j, width):
+                            floats(target)[i] = zero
+
+    @numba.njit(error_model="numpy", _nrt=False)
+    def pack_columns(matrix, stride, K, columns, panels):
         source = floats(matrix)
         for j in range(0, columns, width):
             panel = panels + j * K * size
-            squares = 0
-            if j + width <= columns:
-                squares = K // lanes * lanes
-                for i in range(0, width - rest, group):
-                    for k in range(0, squares, lanes):
-                        block = matrix + ((j + i) * stride + k) * size
-                        transpose(block, stride, panel + (k * width + i) * size, width)
-                if rest > 0:
-                    i = width - rest
-                    for k in range(0, squares, lanes):
-                        block = matrix + ((j + i) * stride + k) * size
-                        transpose_rest(block, stride, panel + (k * width + i) * size, width)
             target = floats(panel)
+            squares = K // lanes * lanes if j + width <= columns else 0
+            for i in range(0, width - rest, group):
+                for k in range(0, squares, lanes):
+                    block = matrix + ((j + i) * stride + k) * size
+                    transpose(block, stride, panel + (k * width + i) * size, width)
+            if rest > 0:
+                i = width - rest
+                for k in range(0, squares, lanes):
+                    block = matrix + ((j + i) * stride + k) * size
+                    transpose_rest(block, stride, panel + (k * width + i) * size, width)
             for i in range(width):
                 for k in range(squares, K):
                     inside = j + i < columns
                     target[k * width + i] = source[(j + i) * stride + k] if inside else zero
+
+    @numba.njit(error_model="numpy", _nrt=False)
+    def pack(matrix, k_stride, stride, K, columns, panels):
+        if stride == 1:
+            pack_rows(matrix, k_stride, K, columns, panels)
+        else:
+            pack_columns(matrix, stride, K, columns, panels)
 
     return pack
 

@@ -197,15 +197,18 @@ def make_tile(dtype: str, rows: int, registers: int, shape: Shape, along: bool) 
             with full, builder.if_else(adds) as (add, assign):
                 for branch, adding in ((add, True), (assign, False)):
                     with branch:
-                        for i, row in enumerate(C_rows):
-                            for j in range(registers):
-                                place = at(row, number(j * lanes))
-                                value = totals[i * registers + j]
-                                if adding:
-                                    old = builder.load(place)
-                                    old.align = size
-                                    value = builder.fadd(old, value)
-                                builder.store(value, place).align = size
+                        places = [
+                            at(row, number(j * lanes)) for row in C_rows for j in range(registers)
+                        ]
+                        values = totals
+                        if adding:
+                            values = []
+                            for total, place in zip(totals, places, strict=True):
+                                old = builder.load(place)
+                                old.align = size
+                                values.append(builder.fadd(old, total))
+                        for value, place in zip(values, places, strict=True):
+                            builder.store(value, place).align = size
             with ragged:
                 steps = ir.VectorType(word, lanes)
                 for j in range(registers):
