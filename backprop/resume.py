@@ -114,6 +114,7 @@ class Run:
             **self._given,
             "seed": source.seed, "shuffle": source.shuffle, "batch_size": source.size,
             "rows": source.rows, "data": digest(source.columns, model.memory),
+            "history": self.training.names,
             "callbacks": [type(callback).__name__ for callback in self.callbacks],
         }  # fmt: skip
         return {name: repr(value) for name, value in everything.items()}

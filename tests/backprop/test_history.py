@@ -65,6 +65,7 @@ def test_curves_and_panels() -> None:
     axes = history.plot(title="late")
     assert [line.get_label() for line in axes.lines] == ["training", "validation"]
     assert [list(line.get_ydata()) for line in axes.lines] == [[3.0, 2.0], [3.0, 2.5]]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2], [1, 2]]  # epochs
     assert axes.get_title() == "late" and axes.get_xlabel() == "epoch"
     assert axes.figure is pyplot.gcf()  # what a notebook shows
     losses, others = bp.History(history, val_auc=[0.5, 0.75]).plot()

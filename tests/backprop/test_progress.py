@@ -43,6 +43,14 @@ def test_the_line_is_redrawn_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
+def test_a_resumed_fit_tells_the_rate_of_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("backprop.progress.time.monotonic", lambda: float(next(clock)))
+    stream = Terminal()
+    Progress(2, 100, True, stream, before=50).update(0, 90, 0.25, None)  # 40 rows in 20 s
+    assert stream.getvalue().strip() == "epoch 1/2  90%  2 rows/s  loss 0.2500  ETA 0:55"
+
+
 def test_a_notebook_keeps_one_line() -> None:
     stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
     progress = Progress(2, 100, True, stream)

@@ -376,6 +376,8 @@ def test_a_process_that_is_ended_by_a_signal(number: int, tmp_path: Path) -> Non
         ({"loss": bp.Loss("cross_entropy", label_smoothing=0.1)}, "loss: .* there, .*0.1"),
         ({"ema": 0.9}, r"callbacks: \['Remembers'\] there, \['EMA', 'Remembers'\] here"),
         ({"X": X[::-1]}, "data: .* there, .* here"),
+        ({"eval_set": (X_val, ids_val)}, r"history: \('loss', 'lr', 'seconds'\) there, .*val_loss"),
+        ({"optimizer": bp.Muon(momentum=0.5)}, "optimizer.momentum: nothing there, 0.5 here"),
         ({"X": np.concatenate([X[:11], X[11:12] + 0.01, X[12:]])}, "data: .* there, .* here"),
         ({"y": np.roll(ids, 1)}, "data: .* there, .* here"),
         ({"X": X[:20], "y": ids[:20]}, "rows: 23 there, 20 here; data: "),
@@ -463,7 +465,7 @@ def test_saved_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_on_a_device_of_its_own_memory(tmp_path: Path) -> None:
-    """In the CUDA emulator: moments and averages travel there and back."""
+    """In the CUDA emulator: moments, averages and half a step travel there and back."""
     from tests.cuda_host import build
     from tests.cuda_host.backend import installed
 
@@ -474,15 +476,15 @@ def test_on_a_device_of_its_own_memory(tmp_path: Path) -> None:
         model = bp.MLP([4, 6, 3], dropout=0.2, device="cuda")
         callbacks = [killer] if killer else []
         bp.fit(
-            model, X, ids, "cross_entropy", "Adam", 2, 8, ema=0.9, callbacks=callbacks,
-            progress=False, **more,
+            model, X, ids, "cross_entropy", "Adam", 2, 8, ema=0.9, accumulate=2,
+            callbacks=callbacks, progress=False, **more,
         )  # fmt: skip
         return model.state_dict()
 
     with installed():
         expected = fit(None)
         with pytest.raises(Died):
-            fit(Dies(9, raise_died), checkpoint=bp.Checkpoint(tmp_path, steps=1))
+            fit(Dies(9, raise_died), checkpoint=bp.Checkpoint(tmp_path, seconds=0))
         found = fit(None, checkpoint=tmp_path, resume=True)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
