@@ -1,6 +1,6 @@
 """Each operator on a GPU beside its yardstick: `python benchmarks/gpu/bench_operators.py`.
 
-A product's yardstick is cuBLAS in float32 without TF32 (`torch.mm`), bare of bias, activation and
+A product's yardstick is cuBLAS in the same precision (`torch.mm`), bare of bias, activation and
 column sums; that of what is bound by memory is the device's own copy of as many bytes. Both sides
 run many times in one CUDA graph, so that no launch is timed. Operands are N(0, 1).
 """
@@ -18,6 +18,7 @@ SECONDS = 1.0  # per row
 # batch, in_features, out_features
 PRODUCTS = [(1024, 1024, 1024), (4096, 1024, 1024), (4096, 4096, 4096), (8192, 2048, 2048),
             (65536, 128, 128), (256, 784, 1024)]  # fmt: skip
+LARGE = [(8192, 4096, 4096), (16384, 8192, 8192)]  # on tensor cores only
 ARRAYS = [(8192, 1024), (65536, 256), (4096, 4096), (65536, 10)]  # batch, features
 PARAMETERS = [2**18, 2**22, 2**25]
 
@@ -29,6 +30,7 @@ class Work(NamedTuple):
     shape: tuple[int, ...]
     call: Callable[[], object]
     flop: float = 0.0
+    precision: str = "float32"
     moved: float = 0.0
 
 
@@ -54,8 +56,9 @@ def main() -> None:
             ours = times["ours"] / REPEATS
             yardstick = times.get("yardstick", float("nan")) / REPEATS
             table.add(
-                operator=work.operator, shape="x".join(map(str, work.shape)), dtype="float32",
-                us=ours * 1e6, rate=(work.flop or work.moved) / ours / 1e9,
+                operator=work.operator, shape="x".join(map(str, work.shape)),
+                precision=work.precision, us=ours * 1e6,
+                rate=(work.flop or work.moved) / ours / 1e9,
                 unit="GFLOP/s" if work.flop else "GB/s",
                 yardstick="cuBLAS" if work.flop else "device copy", yardstick_us=yardstick * 1e6,
                 ratio=ours / yardstick,
@@ -69,31 +72,43 @@ def works(cupy: Any, dry: bool) -> Iterator[Work]:
     def normal(*shape: int) -> Any:
         return cupy.asarray(rng.standard_normal(shape, dtype=np.float32))
 
-    for batch, i, o in [(40, 30, 20)] if dry else PRODUCTS:
-        yield from products(cupy, normal, batch, i, o)
+    for precision in ("float32", "bf16", "tf32", "fp16"):
+        shapes = PRODUCTS if precision == "float32" else [*PRODUCTS, *LARGE]
+        for batch, i, o in [(40, 30, 20)] if dry else shapes:
+            yield from products(cupy, normal, precision, batch, i, o)
     for batch, features in [(40, 30)] if dry else ARRAYS:
         yield from passes(cupy, normal, batch, features)
     for count in [1000] if dry else PARAMETERS:
         yield update(cupy, normal, count)
 
 
-def products(cupy: Any, normal: Any, batch: int, i: int, o: int) -> Iterator[Work]:
+def products(cupy: Any, normal: Any, precision: str, batch: int, i: int, o: int) -> Iterator[Work]:
     from backprop_kernels import cuda
+    from backprop_kernels.cuda.in_precision import InPrecision
 
-    X, W, b, dZ, Y, dX = (
-        normal(batch, i), normal(o, i), normal(o), normal(batch, o), normal(batch, o),
-        normal(batch, i),
-    )  # fmt: skip
-    saved, db, dW = normal(batch, o), normal(i), normal(o, i)
+    backend: Any = cuda if precision == "float32" else InPrecision(precision)
+
+    def stored(*shape: int) -> Any:
+        values = normal(*shape)
+        if precision == "float32":
+            return values
+        rounded = cupy.empty(shape, backend.stored)
+        backend.cast(values, rounded)
+        return rounded
+
+    X, W, dZ = stored(batch, i), stored(o, i), stored(batch, o)
+    Y, saved, dX = stored(batch, o), stored(batch, o), stored(batch, i)
+    b, db, dW = normal(o), normal(i), normal(o, i)
     shape, flop = (batch, i, o), 2.0 * batch * i * o
     yield Work(
         "linear_forward", shape,
-        lambda: cuda.linear_forward(X, W, b, "gelu", None, (Y, saved)), flop,
+        lambda: backend.linear_forward(X, W, b, "gelu", None, (Y, saved)), flop, precision,
     )  # fmt: skip
     yield Work(
-        "linear_dgrad", shape, lambda: cuda.linear_dgrad(dZ, W, X, "gelu", None, (dX, db)), flop
-    )
-    yield Work("linear_wgrad", shape, lambda: cuda.linear_wgrad(dZ, X, dW), flop)
+        "linear_dgrad", shape,
+        lambda: backend.linear_dgrad(dZ, W, X, "gelu", None, (dX, db)), flop, precision,
+    )  # fmt: skip
+    yield Work("linear_wgrad", shape, lambda: backend.linear_wgrad(dZ, X, dW), flop, precision)
 
 
 def passes(cupy: Any, normal: Any, batch: int, features: int) -> Iterator[Work]:
@@ -156,12 +171,19 @@ def update(cupy: Any, normal: Any, count: int) -> Work:
 def product(torch: Any, where: str, work: Work) -> Callable[[], object]:
     """The same product, and nothing else."""
     batch, i, o = work.shape
-    X, W, dZ = (torch.randn(s, device=where) for s in ((batch, i), (o, i), (batch, o)))
+    dtype = operand(torch, work.precision)
+    X, W, dZ = (torch.randn(s, device=where).to(dtype) for s in ((batch, i), (o, i), (batch, o)))
     A, B = {"forward": (X, W.T), "dgrad": (dZ, W), "wgrad": (dZ.T, X)}[
         work.operator.removeprefix("linear_")
     ]
-    C = torch.empty(A.shape[0], B.shape[1], device=where)
+    C = torch.empty(A.shape[0], B.shape[1], device=where, dtype=dtype)
     return lambda: torch.mm(A, B, out=C)
+
+
+def operand(torch: Any, precision: str) -> Any:
+    """PyTorch's dtype for what is multiplied; TF32 is on from here on where it is asked for."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def copy(torch: Any, where: str, work: Work) -> Callable[[], object]:

@@ -1,9 +1,9 @@
 """A whole training step on a GPU beside the bare products of that step.
 
-`python benchmarks/gpu/bench_step.py`: the products are cuBLAS's in float32 without TF32, in one
-CUDA graph; then our step as a graph replay, our step as called from Python with its loss read back,
-PyTorch eager, and PyTorch compiled, with a CUDA graph; both with fused AdamW. Data is on the
-device and N(0, 1).
+`python benchmarks/gpu/bench_step.py`: the products are cuBLAS's in the same precision, in one CUDA
+graph; then our step as a graph replay, our step as called from Python with its loss read back,
+PyTorch eager, and PyTorch compiled, with a CUDA graph; both with fused AdamW, for bf16 under
+autocast. Data is on the device and N(0, 1).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from bench_operators import REPEATS, graph
+from bench_operators import REPEATS, graph, operand
 from measure import Clock, Table, device, options, torch_device
 
 SECONDS = 3.0  # per row
@@ -30,6 +30,12 @@ SHAPES = [
     (8192, [4096, 4096, 4096, 10]),
     (65536, [64, 64, 64, 1]),
 ]
+TENSOR_CORES = [
+    (8192, [1024, 1024, 1024, 10]),
+    (8192, [2048, 2048, 2048, 10]),
+    (8192, [4096, 4096, 4096, 10]),
+    (16384, [8192, 8192, 8192, 10]),
+]
 Contenders = dict[str, Callable[[], object]]
 
 
@@ -40,20 +46,24 @@ def main() -> None:
     table = Table(given.out / "step.csv")
     with device(given.dry_run) as cupy:
         clock = Clock(cupy, torch, given.dry_run)
-        for batch, widths in [(16, [9, 12, 3])] if given.dry_run else SHAPES:
-            contenders = {**ours(batch, widths)}
+        rows = [(p, *shape) for p in ("bf16", "tf32") for shape in TENSOR_CORES]
+        rows += [("float32", *shape) for shape in SHAPES]
+        if given.dry_run:
+            rows = [(precision, 16, [9, 12, 3]) for precision in ("float32", "bf16")]
+        for precision, batch, widths in rows:
+            contenders = {**ours(precision, batch, widths)}
             if torch is not None:
-                contenders |= theirs(torch, where, batch, widths, given.dry_run)
+                contenders |= theirs(torch, where, precision, batch, widths, given.dry_run)
             times = clock.interleaved(contenders, 0.0 if given.dry_run else SECONDS)
             times["bare"] = times.get("bare", float("nan")) / REPEATS
             table.add(
-                batch=batch, widths="-".join(map(str, widths)), dtype="float32",
+                batch=batch, widths="-".join(map(str, widths)), precision=precision,
                 **{f"{name}_us": t * 1e6 for name, t in times.items()},
                 **{f"{n}_by_bare": t / times["bare"] for n, t in times.items() if n != "bare"},
             )  # fmt: skip
 
 
-def ours(batch: int, widths: list[int]) -> Contenders:
+def ours(precision: str, batch: int, widths: list[int]) -> Contenders:
     """`graph`: the captured step, queued and not waited for. `step`: with its loss as a number."""
     import backprop as bp
 
@@ -63,7 +73,7 @@ def ours(batch: int, widths: list[int]) -> Contenders:
     y = rng.integers(0, widths[-1], batch) if classes else np.zeros((batch, 1), np.float32)
     model = bp.MLP(widths, device="cuda")
     loss = "cross_entropy" if classes else "mse"
-    step = bp.TrainStep(model, loss, bp.AdamW(lr=1e-4), batch)
+    step = bp.TrainStep(model, loss, bp.AdamW(lr=1e-4), batch, precision=precision)
     host = step.gradients.inputs(X, y, None, "bench_step", finite=False)
     arrays = [model.memory.place(array) for array in host]
     step.run(*arrays)
@@ -71,9 +81,12 @@ def ours(batch: int, widths: list[int]) -> Contenders:
     return {"graph": lambda: program(*arrays), "step": lambda: step.run(*arrays)}
 
 
-def theirs(torch: Any, where: str, batch: int, widths: list[int], dry: bool) -> Contenders:
+def theirs(
+    torch: Any, where: str, precision: str, batch: int, widths: list[int], dry: bool
+) -> Contenders:
     """The bare products, and PyTorch in two ways."""
-    found = {"bare": graph(torch, bare(torch, where, batch, widths), dry)}
+    dtype = operand(torch, precision)
+    found = {"bare": graph(torch, bare(torch, where, dtype, batch, widths), dry)}
     X = torch.randn(batch, widths[0], device=where)
     classes = widths[-1] > 1
     y = (
@@ -81,21 +94,21 @@ def theirs(torch: Any, where: str, batch: int, widths: list[int], dry: bool) -> 
         if classes
         else torch.zeros(batch, 1, device=where)
     )
-    found["eager"] = trained(torch, where, widths, X, y, compiled=False)
+    found["eager"] = trained(torch, where, dtype, widths, X, y, compiled=False)
     if not dry:
-        found["compiled"] = trained(torch, where, widths, X, y, compiled=True)
+        found["compiled"] = trained(torch, where, dtype, widths, X, y, compiled=True)
     return found
 
 
-def bare(torch: Any, where: str, batch: int, widths: list[int]) -> Callable[[], object]:
+def bare(torch: Any, where: str, dtype: Any, batch: int, widths: list[int]) -> Callable[[], object]:
     """The step's products: forward, weight gradients, all deltas but the first layer's."""
     products = []
     for layer, (i, o) in enumerate(pairwise(widths)):
-        X, W, dZ = (torch.randn(s, device=where) for s in ((batch, i), (o, i), (batch, o)))
-        products.append((X, W.T, torch.empty(batch, o, device=where)))
-        products.append((dZ.T, X, torch.empty(o, i, device=where)))
+        shapes = ((batch, i), (o, i), (batch, o))
+        X, W, dZ = (torch.randn(s, device=where).to(dtype) for s in shapes)
+        products += [(X, W.T, torch.empty_like(dZ)), (dZ.T, X, torch.empty_like(W))]
         if layer:
-            products.append((dZ, W, torch.empty(batch, i, device=where)))
+            products.append((dZ, W, torch.empty_like(X)))
 
     def run() -> None:
         for A, B, C in products:
@@ -105,7 +118,7 @@ def bare(torch: Any, where: str, batch: int, widths: list[int]) -> Callable[[], 
 
 
 def trained(
-    torch: Any, where: str, widths: list[int], X: Any, y: Any, compiled: bool
+    torch: Any, where: str, dtype: Any, widths: list[int], X: Any, y: Any, compiled: bool
 ) -> Callable[[], object]:
     """Eager as most people write it; compiled with everything that makes it fast."""
     layers: list[Any] = []
@@ -118,7 +131,8 @@ def trained(
     loss = torch.nn.CrossEntropyLoss() if widths[-1] > 1 else torch.nn.MSELoss()
 
     def forward(X: Any, y: Any) -> Any:
-        return loss(model(X), y)
+        with torch.autocast(where, dtype, enabled=dtype != torch.float32):
+            return loss(model(X), y)
 
     if compiled:
         forward = torch.compile(forward, mode="max-autotune-no-cudagraphs")

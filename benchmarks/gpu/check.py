@@ -59,6 +59,8 @@ def checks(cupy: Any, sizes: tuple[int, int, int], few: bool) -> Iterator[Check]
             yield f"loss {loss} {dtype}", lambda d=dtype, n=loss: losses(cupy, sizes, d, n)
         for rule in OPTIMIZERS:
             yield f"update {rule} {dtype}", lambda d=dtype, r=rule: updated(cupy, d, r)
+    for precision in ("bf16", "fp16", "tf32"):
+        yield f"whole products {precision}", lambda p=precision: in_precision(cupy, sizes, p, few)
     yield "same bits", lambda: repeated(cupy, sizes, 3 if few else REPEATS)
     yield "a wrong class id", lambda: wrong_class(cupy)
     yield "training", trained
@@ -124,6 +126,27 @@ def products(cupy: Any, sizes: tuple[int, int, int], dtype: Any) -> float:
             both(cupy, "linear_wgrad", [dZ, X], exact=True),
         )
     return worst
+
+
+def in_precision(cupy: Any, sizes: tuple[int, int, int], precision: str, few: bool) -> float:
+    """Whole numbers on tensor cores, up to the largest tile: exact but for the stored dZ_prev."""
+    from backprop_kernels.cuda.in_precision import InPrecision
+    from backprop_kernels.precisions import round_to, widen
+
+    rng = np.random.default_rng(0)
+    backend = InPrecision(precision)
+    equal = True
+    for n, i, o in [sizes, (1, 1, 1), (128, 64, 128), *([] if few else [(8192, 300, 520)])]:
+        X, W, dZ = (rng.integers(-2, 3, s).astype(np.float32) for s in ((n, i), (o, i), (n, o)))
+        x, w, dz = (cupy.asarray(round_to(a, precision)) for a in (X, W, dZ))
+        Y = cupy.empty((n, o), np.float32)
+        backend.linear_forward(x, w, out=(Y, None))
+        dX, db = backend.linear_dgrad(dz, w)
+        exact = dZ @ W
+        equal &= np.array_equal(Y.get(), X @ W.T) and np.array_equal(db.get(), exact.sum(axis=0))
+        equal &= np.array_equal(backend.linear_wgrad(dz, x).get(), dZ.T @ X)
+        equal &= np.array_equal(widen(dX.get()), widen(round_to(exact, precision)))
+    return 0.0 if equal else np.inf
 
 
 def layer(cupy: Any, sizes: tuple[int, int, int], dtype: Any, activation: str) -> float:

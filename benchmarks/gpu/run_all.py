@@ -62,7 +62,7 @@ def parts() -> list[Part]:
     """The most valuable first."""
     return [
         Part("operators agree with the reference", 4, script("check.py"), "check.csv"),
-        Part("steps beside bare products and PyTorch", 8, script("bench_step.py"), "step.csv"),
+        Part("steps beside bare products and PyTorch", 14, script("bench_step.py"), "step.csv"),
         Part(
             "PTX wrappers", 2, suite("-m", "gpu", "tests/kernels/test_ptx.py"), "",
             without("pytest", "scipy"), False,
