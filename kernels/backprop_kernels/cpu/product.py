@@ -31,6 +31,7 @@ GROUP_COLUMNS = 1024  # of C: beyond, the panels of B leave L2 between rows of A
 # Bytes from row to row up to which a matrix is read as it lies. Beyond, every row is another page
 # and rows fall into the same cache sets: it is packed.
 DIRECT = 2048
+LONG_K = 2048  # beyond, B comes from memory, and faster in its own order than in the tiles'
 REUSED = 256  # columns of C from which packing A pays
 FEW_ROWS = 16  # rows of C up to which packing B does not pay
 FEW_ROWS_K = 32  # there B is read as it lies, in passes so short that its pages stay in the TLB
@@ -64,7 +65,7 @@ def multiply(
 
     passes = max(1, round(K / BLOCK_K))
     pass_K = max(1, -(-K // (passes * lanes)) * lanes)
-    packs_B = B.strides[1] != size or B.strides[0] > DIRECT
+    packs_B = B.strides[1] != size or B.strides[0] > DIRECT or K > LONG_K
     if packs_B and B.strides[1] == size and M <= FEW_ROWS:
         packs_B, pass_K = False, FEW_ROWS_K
     splits = 2 if epilogue is None and K >= SPLIT_K and M * N <= SPLIT_SIZE else 1
