@@ -7,6 +7,19 @@ extern "C" __global__ void round_to_bf16(const float* x, unsigned short* y, long
     for (long long i = threadIdx.x; i < count; i += 32) y[i] = to_bf16(x[i]);
 }
 
+// To float16 and to tf32, and the 16 bits back as either of their kinds.
+extern "C" __global__ void conversions(const float* x, unsigned short* half, u32* tf32, float* from_half,
+                                       float* from_brain, long long count) {
+    for (long long i = threadIdx.x; i < count; i += 32) {
+        half[i] = to_fp16(x[i]);
+        u32 bits;
+        memcpy(&bits, &x[i], 4);
+        tf32[i] = to_tf32(bits);
+        from_half[i] = from_fp16(half[i]);
+        from_brain[i] = from_bf16(half[i]);
+    }
+}
+
 // Thread t copies 16 bytes, valid[t] of them, and 4 bytes, valid[t] > 0 of them.
 extern "C" __global__ void copies(const unsigned char* from, const int* valid, unsigned char* wide, u32* narrow) {
     __shared__ __align__(16) unsigned char s_wide[32 * 16];

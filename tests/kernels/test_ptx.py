@@ -73,6 +73,25 @@ def test_rounding_to_bf16(cupy: Any) -> None:
     assert np.array_equal(y[~np.isnan(x)], nearest[~np.isnan(x)])
 
 
+def test_rounding_to_fp16_and_tf32(cupy: Any) -> None:
+    bits = RNG.integers(0, 2**32, 4096, np.uint64).astype(np.uint32)
+    # Halfway between neighbours, below the smallest, at the largest, beyond it.
+    special = [0x33000000, 0x33000001, 0x33C00000, 0x387FE000, 0x477FEFFF, 0x477FF000, 0x3F801000,
+               0x3F803000, 0xBF801000, 0x7F7FFFFF, 0xFF800000, 0x80000000, 1]  # fmt: skip
+    x = np.concatenate([bits, np.array(special, np.uint32)]).view(np.float32)
+    x = x[~np.isnan(x)]
+    empty = np.zeros(len(x), np.uint16), np.zeros(len(x), np.uint32)
+    back = np.zeros_like(x), np.zeros_like(x)
+    _, half, tf32, from_half, from_brain = run(cupy, "conversions", x, *empty, *back, len(x))
+    with np.errstate(over="ignore"):
+        assert np.array_equal(half, x.astype(np.float16).view(np.uint16))
+    away = (x.view(np.uint32).astype(np.uint64) + 0x1000).astype(np.uint32) & ~np.uint32(0x1FFF)
+    assert np.array_equal(tf32 & ~np.uint32(0x1FFF), away)
+    assert np.array_equal(from_half, half.view(np.float16).astype(np.float32))
+    brain = (half.astype(np.uint32) << 16).view(np.float32)
+    assert np.array_equal(from_brain, brain, equal_nan=True)
+
+
 def test_asynchronous_copies(cupy: Any) -> None:
     data = RNG.integers(1, 255, 512).astype(np.uint8)
     valid = np.arange(32, dtype=np.int32) % 17
