@@ -91,13 +91,19 @@ def everything(
     return record
 
 
-def products(precision: str, activations: Sequence[str]) -> Record:
-    """The record of the linear layers in a precision: every tile, each also into float32."""
+# Rows and columns of products that the tiles on tensor cores serve: small, large, wide.
+EACH_TILE = ((8, 4), (4096, 256), (8192, 4))
+
+
+def products(
+    precision: str, activations: Sequence[str], sizes: Sequence[tuple[int, int]] = EACH_TILE
+) -> Record:
+    """The record of the linear layers in a precision, also into float32."""
     with recording() as record:
         backend = InPrecision(precision)
         stored, real = np.dtype(backend.precision.stored), np.dtype(backend.precision.real)
         drop = Dropout(0.5, _empty(np.dtype(np.int64), 2), 1)
-        for rows, columns in ((8, 4), (4096, 256), (8192, 4)):
+        for rows, columns in sizes:
             A, B = _empty(stored, rows, 3), _empty(stored, columns, 3)
             Z, b = _empty(stored, rows, columns), _empty(real, columns)
             for activation in activations:

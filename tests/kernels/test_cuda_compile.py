@@ -61,8 +61,9 @@ def test_every_kernel_compiles_as_it_is_launched(arch: str) -> None:
 
 def test_products_on_tensor_cores_compile_as_they_are_launched() -> None:
     """No spills within their registers and shared memory; the instructions they are for."""
-    chosen = list(jobs(recorder.products("bf16", ("identity",)), "sm_80", lambda _: True))
-    assert len(chosen) > 9
+    record = recorder.products("bf16", ("identity",), recorder.EACH_TILE[-1:])
+    chosen = list(jobs(record, "sm_80", lambda u: u.file.startswith("linear_")))
+    assert len(chosen) > 4
     assert not all_problems(chosen)
 
 
