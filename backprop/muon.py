@@ -68,8 +68,8 @@ class Muon(Optimizer):
         return {**super().state_dict(), "others": self.others.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
         self.others.load_state_dict(state["others"])
+        super().load_state_dict({name: v for name, v in state.items() if name != "others"})
 
     def __repr__(self) -> str:
         return (

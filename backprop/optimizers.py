@@ -67,16 +67,18 @@ class Optimizer:
         return OPTIMIZERS[self.operator_rule].scalars(step, **{**self.options, **changes})
 
     def settings(self) -> dict[str, Any]:
-        """Everything but the learning rate, which may change during a fit."""
+        """What fits of one run agree on: everything but the learning rate."""
         return {name: v for name, v in (self.options | self.common).items() if name != "lr"}
 
     def state_dict(self) -> dict[str, Any]:
-        """What may change during a fit."""
-        return {"lr": self.lr}
+        """What a callback may change during a fit, as plain data."""
+        return dict(self.options)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self.lr = state["lr"]
+        """Go on from there; what is out of range is refused and changes nothing."""
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in state.items()}
+        Optimizer(self.operator_rule, **options)
+        self.options.update(options)
 
     def __repr__(self) -> str:
         shown = self.options | {k: v for k, v in self.common.items() if v != COMMON[k]}

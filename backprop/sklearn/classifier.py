@@ -70,20 +70,20 @@ class MLPClassifier(ClassifierMixin, Network):  # type: ignore[misc]
         kind = type_of_target(y)
         if kind == "multiclass-multioutput":
             raise LabelError(f"{where}: y: expected one class a row, or labels 0 and 1, got {kind}")
-        several = kind == "multilabel-indicator"
-        found = np.arange(y.shape[1]) if several else np.unique(y)
         if first:
             self._kind = kind
-            self.classes_ = found if classes is None else np.unique(classes)
+            self.classes_ = self._classes(y) if classes is None else np.unique(classes)
             if len(self.classes_) < 2:
-                raise LabelError(f"{where}: y: expected at least 2 classes, got 1 class: {found}")
-        if unknown := sorted(set(found.tolist()) - set(self.classes_.tolist())):
-            raise LabelError(f"{where}: y: expected classes {self.classes_}, got {unknown} too")
-
+                raise LabelError(
+                    f"{where}: y: expected at least 2 classes, got 1 class: {self.classes_}"
+                )
         self._expect_known(where, y)
 
+    def _classes(self, y: Array) -> Array:
+        return np.arange(y.shape[1]) if self._multilabel else np.unique(y)
+
     def _expect_known(self, where: str, y: Array) -> None:
-        found = np.arange(y.shape[1]) if self._multilabel else np.unique(y)
+        found = self._classes(y)
         if unknown := sorted(set(found.tolist()) - set(self.classes_.tolist())):
             raise LabelError(f"{where}: y: expected classes {self.classes_}, got {unknown} too")
 

@@ -188,6 +188,19 @@ class Network(BaseEstimator):  # type: ignore[misc]
             weight = by_class if weight is None else weight * by_class
         return X, self._encoded(y), resolve_loss(self._loss()), weight
 
+    def _learn(self, y: Array, first: bool, classes: Any) -> None:
+        """Take note of the classes in y, or refuse it."""
+
+    def _expect_known(self, where: str, y: Array) -> None:
+        """Refuse classes that were not there before."""
+
+    def _encoded(self, y: Array) -> Array:
+        """y as the loss takes it."""
+        return y
+
+    def _loss(self) -> str | Loss:
+        raise NotImplementedError
+
     def _held_out(self, X: Any, y: Any) -> tuple[Array, Array]:
         y = np.asarray(y)
         self._expect_known(f"{type(self).__name__}: eval_set", y)
@@ -243,12 +256,12 @@ class Network(BaseEstimator):  # type: ignore[misc]
 
     @property
     def coefs_(self) -> list[Array]:
-        """The weights, (in_features, out_features) a layer, as views."""
+        """The weights, (in_features, out_features) a layer: views, or a GPU's as copies."""
         return [W.T for name, W in self._tensors() if name.endswith("weight")]
 
     @property
     def intercepts_(self) -> list[Array]:
-        """The biases, (out_features,) a layer, as views."""
+        """The biases, (out_features,) a layer, likewise."""
         return [b for name, b in self._tensors() if name.endswith("bias")]
 
     def _tensors(self) -> list[tuple[str, Array]]:

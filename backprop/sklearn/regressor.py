@@ -41,13 +41,8 @@ class MLPRegressor(RegressorMixin, Network):  # type: ignore[misc]
         return "exp" if resolve_loss(self._loss()).name == "poisson" else "identity"
 
     def _learn(self, y: Array, first: bool, classes: Any) -> None:
-        pass
-
-    def _encoded(self, y: Array) -> Array:
-        return y
-
-    def _expect_known(self, where: str, y: Array) -> None:
-        pass
+        if self.class_weight is not None:
+            raise OptionError("MLPRegressor: class_weight: expected None; rows have sample_weight")
 
     def _loss(self) -> str | Loss:
         if self.loss is None or self.loss == "squared_error":

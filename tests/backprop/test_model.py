@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,24 @@ def test_predict_in_parts_is_predict_of_all(device: str) -> None:
     for rows in (1, 2, 10, 36, 37, 38, 1000):
         np.testing.assert_allclose(model.predict(X, batch_size=rows), whole, rtol=1e-12)
     assert model.predict(X[:0]).shape == (0, 3) and model.predict(X[:0]).dtype == np.float64
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_models_of_their_own(copied: Any, device: str) -> None:
+    model = normed(device, dtype="float64")
+    model.freeze("layers.0")
+    model.encoder = {"rows": "to numbers"}  # whatever it is
+    before = bits(model.state_dict())
+    twin = copied(model)
+    assert bits(twin.state_dict()) == before and twin.frozen == model.frozen
+    assert (twin.device, twin.dtype, twin.encoder) == (model.device, model.dtype, model.encoder)
+    twin.encoder = model.encoder = None
+    X = rng.standard_normal((8, 5))
+    assert twin.predict(X).tobytes() == model.predict(X).tobytes()
+    bp.fit(twin, X, X[:, :3], progress=False)
+    twin.unfreeze()
+    assert bits(model.state_dict()) == before != bits(twin.state_dict()) and model.frozen
+    assert type(copied(bp.MLP([3, 2]))) is bp.MLP
 
 
 def test_output_activation_is_applied_by_predict(device: str) -> None:

@@ -110,6 +110,15 @@ def test_from_the_same_start_come_the_same_numbers(
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
+def test_epsilon_is_weighed_against_scikit_learns_gradient() -> None:
+    """Which is half of that of the mean square."""
+    ours = MLPRegressor(**SMALL, epsilon=0.1, alpha=0.0, shuffle=False).fit(X, X[:, 0])
+    model = bp.MLP([4, 8, 1], dtype="float64", seed=ours._seed)
+    rule = bp.Adam(lr=1e-3, eps=0.2)
+    bp.fit(model, X, X[:, 0], "mse", rule, 30, 60, shuffle=False, progress=False)
+    np.testing.assert_array_equal(ours.coefs_[0], model.state_dict()["layers.0.weight"].T)
+
+
 @pytest.mark.parametrize("rate", ["constant", "adaptive"])
 def test_training_ends_when_scikit_learns_does(rate: str, same_start: list[Any]) -> None:
     options = {"alpha": 0.0, "batch_size": 30, "tol": 3e-3, "n_iter_no_change": 3, "momentum": 0}
@@ -199,9 +208,10 @@ def test_coefficients_are_views() -> None:
     assert (model.predict(X) == 3).all()
 
 
+@pytest.mark.parametrize("shuffle", [False, True], ids=["", "shuffled"])
 @pytest.mark.parametrize("first", ["fit", "partial_fit"])
-def test_partial_fits_are_the_epochs_of_a_fit(first: str) -> None:
-    options = {**SMALL, "shuffle": False, "batch_size": 20, "n_iter_no_change": 100}
+def test_partial_fits_are_the_epochs_of_a_fit(first: str, shuffle: bool) -> None:
+    options = {**SMALL, "shuffle": shuffle, "batch_size": 20, "n_iter_no_change": 100}
     whole = MLPClassifier(**{**options, "max_iter": 8}).fit(X, ids)
     parts = MLPClassifier(**{**options, "max_iter": 3})
     parts = parts.fit(X, ids) if first == "fit" else parts
@@ -253,8 +263,13 @@ def test_class_weight_is_a_sample_weight() -> None:
     models = [
         MLPClassifier(**SMALL, class_weight={"rare": 5}).fit(X, y),
         MLPClassifier(**SMALL).fit(X, y, sample_weight=weight),
+        MLPClassifier(**SMALL, class_weight={"rare": 5}).fit(X, y, sample_weight=weight),
+        MLPClassifier(**SMALL).fit(X, y, sample_weight=weight**2),
     ]
-    np.testing.assert_array_equal(*(m.coefs_[0] for m in models))
+    by_class, by_row, both, squared = (m.coefs_[0] for m in models)
+    np.testing.assert_array_equal(by_class, by_row)
+    np.testing.assert_array_equal(both, squared)
+    assert not np.array_equal(by_row, both)
     assert MLPClassifier(**SMALL, class_weight="balanced").fit(X, y).n_outputs_ == 1
 
 
@@ -308,6 +323,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: MLPRegressor(batch_size=0).fit(X, ids), "MLPRegressor: batch_size: expected an int"),
     (lambda: MLPRegressor(n_iter_no_change=0).fit(X, ids), "n_iter_no_change: expected an int"),
     (lambda: MLPRegressor(activation="rel").fit(X, ids), "activation: expected one of"),
+    (lambda: MLPRegressor(class_weight="balanced").fit(X, ids),
+     "MLPRegressor: class_weight: expected None; rows have sample_weight"),
     (lambda: MLPRegressor(loss="cross_entropy").fit(X, ids),
      "MLPRegressor: loss: expected one for numbers, got cross_entropy"),
     (lambda: MLPClassifier(loss="mse").fit(X, ids),
