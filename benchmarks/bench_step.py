@@ -149,7 +149,7 @@ def sklearn(widths: list[int], X: Array, y: Array) -> Callable[[], object]:
     """One step of scikit-learn's: `partial_fit` on one batch."""
     kind = MLPClassifier if widths[-1] > 1 else MLPRegressor
     model = kind(
-        widths[1:-1],
+        hidden_layer_sizes=widths[1:-1],
         solver="adam",
         alpha=0.0,
         batch_size=len(X),

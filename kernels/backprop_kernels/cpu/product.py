@@ -204,7 +204,7 @@ def _multiply_panels(dtype: str) -> Any:
     size = getattr(types, dtype).bitwidth // 8
     tile_along, tile_across = _any_tile(dtype, True), _any_tile(dtype, False)
 
-    @numba.njit(error_model="numpy", _nrt=False)
+    @numba.njit(error_model="numpy", _nrt=False, inline="always")
     def multiply_panels(args, C, row, rows, left, columns, k, steps, adds, direct, A_panels):
         a_row, a_k, c_row = args[A_ROW], args[A_K], args[C_ROW]
         A, a_panel, a_step = args[A_] + (row * a_row + k * a_k) * size, a_row * height * size, a_k
@@ -261,26 +261,21 @@ def _pack(dtype: str, width: int) -> Any:
     transpose_rest = make_transpose(dtype, max(rest, 1), shape.vector_bytes)
 
     @numba.njit(error_model="numpy", _nrt=False)
-    def pack_rows(matrix, k_stride, K, columns, panels):
-        # A few rows at a time, panel by panel: both sides are then read and written in streams.
-        for low in range(0, K, 16):
-            for j in range(0, columns, width):
-                for k in range(low, min(low + 16, K)):
-                    source = matrix + (k * k_stride + j) * size
-                    target = panels + (j * K + k * width) * size
-                    if j + width <= columns:
-                        copy((source, target), (), width)
-                    else:
-                        copy((source, target), (), columns - j)
+    def pack(matrix, k_stride, stride, K, columns, panels):
+        if stride == 1:
+            # A few rows at a time, panel by panel: both sides are then read and written in streams.
+            for low in range(0, K, 16):
+                for j in range(0, columns, width):
+                    for k in range(low, min(low + 16, K)):
+                        row = matrix + (k * k_stride + j) * size
+                        target = panels + (j * K + k * width) * size
+                        copy((row, target), (), min(width, columns - j))
                         for i in range(columns - j, width):
                             floats(target)[i] = zero
-
-    @numba.njit(error_model="numpy", _nrt=False)
-    def pack_columns(matrix, stride, K, columns, panels):
+            return
         source = floats(matrix)
         for j in range(0, columns, width):
             panel = panels + j * K * size
-            target = floats(panel)
             squares = K // lanes * lanes if j + width <= columns else 0
             for i in range(0, width - rest, group):
                 for k in range(0, squares, lanes):
@@ -291,17 +286,11 @@ def _pack(dtype: str, width: int) -> Any:
                 for k in range(0, squares, lanes):
                     block = matrix + ((j + i) * stride + k) * size
                     transpose_rest(block, stride, panel + (k * width + i) * size, width)
+            target = floats(panel)
             for i in range(width):
                 for k in range(squares, K):
                     inside = j + i < columns
                     target[k * width + i] = source[(j + i) * stride + k] if inside else zero
-
-    @numba.njit(error_model="numpy", _nrt=False)
-    def pack(matrix, k_stride, stride, K, columns, panels):
-        if stride == 1:
-            pack_rows(matrix, k_stride, K, columns, panels)
-        else:
-            pack_columns(matrix, stride, K, columns, panels)
 
     return pack
 
@@ -323,10 +312,7 @@ def _any_tile(dtype: str, along: bool) -> Any:
     simple = replace(shape, unroll=1)
     slim = make_tile(dtype, height, 1, simple, along)
     # Any number of rows below the tile's is a sum of 4, 2 and 1.
-    wide4, wide2, wide1 = (
-        make_tile(dtype, rows, shape.registers, simple, along) for rows in (4, 2, 1)
-    )
-    slim4, slim2, slim1 = (make_tile(dtype, rows, 1, simple, along) for rows in (4, 2, 1))
+    four, two, one = (make_tile(dtype, n, shape.registers, simple, along) for n in (4, 2, 1))
 
     @numba.njit(error_model="numpy", _nrt=False)
     def tile(A, a_stride, rows, B, b_k, C, c_row, K, adds, columns):
@@ -340,20 +326,15 @@ def _any_tile(dtype: str, along: bool) -> Any:
             return
         a_row = a_stride if along else 1
         while rows > 0:
-            if columns > lanes:
-                if rows >= 4:
-                    wide4(A, a_stride, B, b_k, C, c_row, K, adds, columns)
-                elif rows >= 2:
-                    wide2(A, a_stride, B, b_k, C, c_row, K, adds, columns)
-                else:
-                    wide1(A, a_stride, B, b_k, C, c_row, K, adds, columns)
-            elif rows >= 4:
-                slim4(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+            if rows >= 4:
+                four(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+                done = 4
             elif rows >= 2:
-                slim2(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+                two(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+                done = 2
             else:
-                slim1(A, a_stride, B, b_k, C, c_row, K, adds, columns)
-            done = 4 if rows >= 4 else 2 if rows >= 2 else 1
+                one(A, a_stride, B, b_k, C, c_row, K, adds, columns)
+                done = 1
             A, C, rows = A + done * a_row * size, C + done * c_row * size, rows - done
 
     return tile
