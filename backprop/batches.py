@@ -17,7 +17,7 @@ from backprop_kernels import host_memory
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import BackpropError, ShapeError
 
-from backprop.memory import HOST, Memory
+from backprop.memory import HOST, Memory, on_gpu
 
 BLOCK_BYTES = 2**20  # rows read together: long enough for a disk's full speed
 WINDOW_BLOCKS = 16  # blocks whose rows are shuffled together; three windows are held in memory
@@ -122,8 +122,9 @@ class Batches:
         self._gathers: dict[tuple[int, int], tuple[Callable[..., None], list[Array]]] = {}
         streamed = [column for column in columns if isinstance(column, Rows)]
         self._stream = _Stream(self, streamed) if streamed else None
-        self.resident = not streamed and memory.fits(
-            [c for c in columns if not isinstance(c, Rows)]
+        # Data that lies on the device stays there, and what belongs to it goes there.
+        self.resident = not streamed and (
+            any(map(on_gpu, columns)) or memory.fits(cast(Sequence[Array], columns))
         )
         # Arrays like those of a full batch.
         self.full = [host_memory.zeros((self.size, *c.shape[1:]), c.dtype) for c in columns]

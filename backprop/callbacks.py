@@ -15,6 +15,7 @@ from backprop_kernels.errors import KindError
 
 from backprop.history import History
 from backprop.model import Sequential
+from backprop.queue import LossSum, PendingLoss
 from backprop.step import TrainStep
 
 EpochFunction: TypeAlias = Callable[[int, History], Any]
@@ -34,10 +35,19 @@ class Training:
     epoch: int = 0  # from 0
     batch: int = 0  # batches of this epoch that were trained on
     done: int = 0  # and rows
-    total: float = 0.0  # of their losses, each times its rows
-    loss: float = field(default=float("nan"))  # of the last batch
+    losses: LossSum = field(default_factory=LossSum)  # each times its rows
+    loss: float | PendingLoss = field(default=float("nan"))  # of the last batch
     validating: bool = False
     stop: bool = False
+
+    @property
+    def total(self) -> float:
+        """The losses of this epoch so far, each times its rows. Waits for the last step."""
+        return float(self.losses)
+
+    @total.setter
+    def total(self, value: float) -> None:
+        self.losses = LossSum(value)
 
     @property
     def position(self) -> float:

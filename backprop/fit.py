@@ -104,7 +104,7 @@ def fit(
     if validation_fraction is not None:
         if "val" in sets:
             raise KindError("fit: validation_fraction: expected either that or eval_set, got both")
-        data, sets["val"] = data.split(validation_fraction, loss, seed)
+        data, sets["val"] = data.split(validation_fraction, loss, seed, model.memory)
     if class_weight is not None:
         data = data.weighted(class_weights(data.columns[1], class_weight, loss, "fit"))
     chosen = resolve_metrics(metrics, loss, "fit")
@@ -146,10 +146,11 @@ def fit(
                     watching.tell("step_begin")
                     training.loss = run.step(noise(inputs, number), *targets)
                     training.done += len(inputs)
-                    training.total += len(inputs) * training.loss
+                    training.losses = training.losses.plus(len(inputs), training.loss)
                     watching.tell("step_end")
-                    loss_so_far = training.total / training.done
-                    report.update(training.epoch, training.done, loss_so_far, val_loss)
+                    if report.due():
+                        loss_so_far = training.total / training.done
+                        report.update(training.epoch, training.done, loss_so_far, val_loss)
                 if run.interrupted:
                     break
                 if step.flush():

@@ -13,6 +13,7 @@ from backprop_kernels.errors import DataError, KindError, LabelError, OptionErro
 from backprop_kernels.losses import LOSSES, TARGETS
 
 from backprop.batches import Rows, is_streamed
+from backprop.memory import HOST, Memory, contiguous, on_gpu
 
 # Options of one number per output, by the dimensions they may have.
 PER_OUTPUT = {"class_weight": (1,), "pos_weight": (0, 1)}
@@ -51,13 +52,17 @@ class Loss:
         changed = [f", {k}={v!r}" for k, v in self.options.items() if np.any(v != known[k])]
         return f"Loss({self.name!r}{''.join(changed)})"
 
-    def targets(self, y: Any, batch: int, out_features: int, dtype: Any) -> Array:
+    def targets(
+        self, y: Any, batch: int, out_features: int, dtype: Any, memory: Memory = HOST,
+        look: bool = True,
+    ) -> Array:  # fmt: skip
         """`y` as the kernels take it, or an error that names the first bad row.
 
         Accepts (batch,) or (batch, 1) for a single output, (batch, outputs) for several, and for
-        cross_entropy class ids (batch,) or class probabilities (batch, classes).
+        cross_entropy class ids (batch,) or class probabilities (batch, classes). Without `look`
+        NaN and wrong class ids are left to the kernel, which makes the loss NaN.
         """
-        y = as_numbers(f"loss {self.name}", "y", y)
+        y = as_numbers(f"loss {self.name}", "y", y, memory)
         outputs = out_features
         if self.name == "gaussian_nll":
             if out_features % 2:
@@ -68,7 +73,7 @@ class Loss:
             outputs //= 2
         if self.name == "cross_entropy" and y.ndim == 1:
             self._rows(y, batch, f"({batch},) class ids or ({batch}, {outputs})")
-            return self._class_ids(y, out_features)
+            return self._class_ids(y, out_features, look)
         expected = f"({batch}, {outputs})" + (f" or ({batch},)" if outputs == 1 else "")
         if self.name == "cross_entropy":
             expected = f"({batch},) class ids or ({batch}, {outputs}) probabilities"
@@ -76,9 +81,10 @@ class Loss:
             raise ShapeError(f"loss {self.name}: y: expected shape {expected}, got {y.shape}")
         self._rows(y, batch, expected)
         y = y.reshape(batch, outputs)
-        refuse_non_finite(f"loss {self.name}", "y", y)
+        if look:
+            refuse_non_finite(f"loss {self.name}", "y", y)
         self._in_range(y)
-        return np.ascontiguousarray(y, dtype)
+        return contiguous(y, dtype)
 
     def mass(self, target: Array, weight: Array | None = None) -> float:
         """What the mean over these rows divides by: their weights and those of their classes."""
@@ -104,7 +110,15 @@ class Loss:
                 f"got {y.shape}"
             )
 
-    def _class_ids(self, y: Array, classes: int) -> Array:
+    def _class_ids(self, y: Array, classes: int, look: bool) -> Array:
+        if on_gpu(y):
+            if y.dtype.kind not in "iu":
+                raise KindError(
+                    f"loss {self.name}: y: expected class ids as integers, got dtype {y.dtype}"
+                )
+            if look:
+                self._class_ids(y.get(), classes, look)
+            return contiguous(y, np.int64)
         ids = y.astype(np.int64, copy=False) if y.dtype.kind in "iub" else np.trunc(y)
         ignored = ids == self.options["ignore_index"]
         with np.errstate(invalid="ignore"):
@@ -127,7 +141,8 @@ class Loss:
             "sign": lambda: (y == -1) | (y == 1),
         }
         if kind in inside and not (good := inside[kind]()).all():
-            row, column = (int(i) for i in np.argwhere(~good)[0])
+            y = in_host_memory(y)
+            row, column = (int(i) for i in np.argwhere(~in_host_memory(good))[0])
             raise LabelError(
                 f"loss {self.name}: y: expected {TARGETS[kind]}; got {y[row, column]} at row {row}"
                 f"{f', column {column}' if y.shape[1] > 1 else ''}"
@@ -162,17 +177,21 @@ def resolve_loss(loss: str | Loss) -> Loss:
     return Loss(loss)
 
 
-def as_numbers(where: str, argument: str, value: Any) -> Array:
-    """`value` as a numeric NumPy array, or an error that says what came instead."""
-    if hasattr(value, "__cuda_array_interface__"):
-        raise KindError(
-            f"{where}: {argument}: expected an array in host memory, got one on a GPU "
-            f"({type(value).__module__}.{type(value).__name__}); copy with cupy.asnumpy(x)"
-        )
+def as_numbers(where: str, argument: str, value: Any, memory: Memory = HOST) -> Array:
+    """`value` as a numeric array of NumPy's or of `memory`, or an error that says what came."""
+    if on_gpu(value):
+        array = memory.taken(where, argument, value)
+        _expect_numbers(where, argument, array)
+        return array
     try:
         array = np.asarray(value)
     except ValueError as problem:  # ragged lists
         raise ShapeError(f"{where}: {argument}: expected a rectangular array; {problem}") from None
+    _expect_numbers(where, argument, array)
+    return array
+
+
+def _expect_numbers(where: str, argument: str, array: Array) -> None:
     if array.dtype.kind not in "fiub":
         raise KindError(
             f"{where}: {argument}: expected numbers, got dtype {array.dtype}"
@@ -182,7 +201,11 @@ def as_numbers(where: str, argument: str, value: Any) -> Array:
                 else ""
             )
         )
-    return array
+
+
+def in_host_memory(array: Array) -> Array:
+    """`array` for NumPy to read."""
+    return array.get() if on_gpu(array) else array
 
 
 def refuse_non_finite(where: str, argument: str, array: Array) -> None:
@@ -194,6 +217,7 @@ def refuse_non_finite(where: str, argument: str, array: Array) -> None:
     with np.errstate(all="ignore"):
         if np.isfinite(array.sum()):
             return
+    array = in_host_memory(array)
     bad = ~np.isfinite(array)
     if bad.any():
         first = np.argwhere(bad)[0]

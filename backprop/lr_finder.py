@@ -86,7 +86,7 @@ def find_lr(
     try:
         for i, batch in zip(range(steps), endless, strict=False):
             rule.lr = low * (high / low) ** (i / (steps - 1))
-            average = SMOOTHING * average + (1 - SMOOTHING) * step.run(*batch)
+            average = SMOOTHING * average + (1 - SMOOTHING) * float(step.run(*batch))
             curve.rates.append(rule.lr)
             curve.losses.append(average / (1 - SMOOTHING ** (i + 1)))
             if curve.losses[-1] > GIVEN_UP * min(curve.losses):

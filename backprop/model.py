@@ -27,6 +27,7 @@ from backprop.dispatch import for_device, memory_of
 from backprop.initializers import INITIALIZERS
 from backprop.layers import NORMS, Dropout, Layer, Linear, check_chain, mlp_layers
 from backprop.losses import as_numbers, refuse_non_finite
+from backprop.memory import contiguous, on_gpu
 from backprop.passes import Plan, Workspace
 from backprop.precision import products
 
@@ -112,12 +113,12 @@ class Sequential:
 
     def inputs(self, X: Any, where: str, finite: bool = True) -> Array:
         """X as the kernels take it: (batch, in_features), C order; searched for NaN if `finite`."""
-        X = as_numbers(where, "X", X)
+        X = as_numbers(where, "X", X, self.memory)
         self._check_shape(X.shape, where)
         if finite:
             refuse_non_finite(where, "X", X)
         with np.errstate(over="ignore"):
-            converted = np.ascontiguousarray(X, self.dtype)
+            converted = contiguous(X, self.dtype)
         if finite and X.dtype.itemsize > self.dtype.itemsize:
             refuse_non_finite(where, f"X as {self.dtype}", converted)
         return converted
@@ -143,16 +144,18 @@ class Sequential:
         No dropout, running statistics, the last layer's activation applied. For classifiers
         these are logits; see `predict_proba`. A model with an encoder also takes raw
         rows: a `Table`, a pandas DataFrame or an Arrow table.
-        A memory map or a dataset (HDF5, Zarr) is read as it goes. `precision` as in `TrainStep`.
+        A memory map or a dataset (HDF5, Zarr) is read as it goes. A CuPy array gives a CuPy array.
+        `precision` as in `TrainStep`.
         """
         if self.encoder is not None:
             X = self._encoded(X)
         if batch_size is not None:
             checks.integer("predict", "batch_size", batch_size, 1)
         X = self.column(X, "predict")
-        Y, start = np.empty((len(X), self.out_features), self.dtype), 0
+        shape, there = (len(X), self.out_features), on_gpu(X)
+        Y, start = self.memory.zeros(shape, self.dtype) if there else np.empty(shape, self.dtype), 0
         for out, _ in self.outputs([X], batch_size or PREDICT_ROWS, precision):
-            Y[start : start + len(out)] = self.memory.numpy(out)
+            Y[start : start + len(out)] = out if there else self.memory.numpy(out)
             start += len(out)
         return Y
 
@@ -199,12 +202,15 @@ class Sequential:
         """
         from backprop_kernels.reference import array_math as m
 
-        Z = self.predict(X, batch_size, precision)
+        found = self.predict(X, batch_size, precision)
+        Z = self.memory.numpy(found)
         if self.out_features == 1:
             with np.errstate(under="ignore"):
-                return np.asarray(sigmoid(m, Z), self.dtype)
-        E = np.exp(Z - Z.max(axis=1, keepdims=True))
-        return np.asarray(E / E.sum(axis=1, keepdims=True))
+                P = np.asarray(sigmoid(m, Z), self.dtype)
+        else:
+            E = np.exp(Z - Z.max(axis=1, keepdims=True))
+            P = np.asarray(E / E.sum(axis=1, keepdims=True))
+        return self.memory.place(P) if on_gpu(found) else P
 
     def freeze(self, *names: str, depth: int | None = None) -> None:
         """Leave parameters alone from the next fit on: by name, by depth, or all.

@@ -17,6 +17,7 @@ from backprop_kernels import reference
 from backprop_kernels.operators import OPERATORS
 
 from backprop.dispatch import for_arrays
+from backprop.memory import contiguous, on_gpu
 
 WRITTEN = ("P", "state", "running_mean", "running_var", "out")  # a copy would take the update
 
@@ -36,8 +37,8 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 def _contiguous(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and not value.flags.c_contiguous:
-        return np.ascontiguousarray(value)
+    if (isinstance(value, np.ndarray) or on_gpu(value)) and not value.flags.c_contiguous:
+        return contiguous(value, value.dtype)
     return value
 
 

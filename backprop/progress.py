@@ -36,6 +36,10 @@ class Progress:
         self.enabled = self.live or shown == "lines"
         self.started = self.drawn = time.monotonic()
 
+    def due(self) -> bool:
+        """Whether it is time to redraw the line."""
+        return self.live and time.monotonic() - self.drawn >= REDRAW
+
     def update(self, epoch: int, done: int, loss: float, val_loss: float | None) -> None:
         """During epoch `epoch` (from 0), after `done` rows."""
         now = time.monotonic()

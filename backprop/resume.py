@@ -30,6 +30,7 @@ from backprop.batches import Batches, Rows, read_rows
 from backprop.callbacks import Callback, Training
 from backprop.history import History
 from backprop.memory import Memory
+from backprop.queue import PendingLoss
 
 POSITION = ("epoch", "batch", "done", "total", "validating", "stop")  # of a `Training`
 SAMPLE_ROWS = 256  # of the data, to know it again
@@ -152,7 +153,7 @@ class Run:
         if self.interrupts.received == signal.SIGTERM:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def step(self, *arrays: Array) -> float:
+    def step(self, *arrays: Array) -> float | PendingLoss:
         """Train on one batch. One that was applied before a signal broke it off counts."""
         step = self.training.step
         steps = step.steps

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from math import isfinite, nan
 from typing import Any, NamedTuple
@@ -12,7 +13,10 @@ from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import (
     CheckpointMismatchError,
+    DataError,
+    DeviceMemoryError,
     KindError,
+    LabelError,
     NonFiniteError,
     OptionError,
     ShapeError,
@@ -22,15 +26,19 @@ from backprop_kernels.precisions import PRECISIONS
 from backprop.losses import (
     Loss,
     as_numbers,
+    in_host_memory,
     options_for_kernel,
     refuse_non_finite,
     resolve_loss,
 )
+from backprop.memory import HOST, Memory, contiguous, expect_one_kind, on_gpu
 from backprop.model import Sequential
 from backprop.muon import Muon, MuonUpdate
 from backprop.optimizers import Optimizer, resolve_optimizer
 from backprop.passes import Plan, Workspace
+from backprop.pieces import Pieces
 from backprop.precision import LossScale, products
+from backprop.queue import PendingLoss, Queue
 from backprop.update import Update
 
 
@@ -48,8 +56,9 @@ class Gradients:
         self.memory = memory = model.memory
         self.flat = memory.zeros(model.layout.size, model.dtype)
         self.views = model.layout.views(self.flat)
+        self.seed = seed
         self.stream = np.array([seed, 0], np.int64)  # of dropout: seed, step
-        self._placed = memory.place(self.stream)  # what the operators read
+        self.placed = memory.place(self.stream)  # what the operators read
         self.value = memory.zeros((), np.dtype(np.float64))
         self.workspace = Workspace(batch_size, model.dtype, memory)
         self.frozen = frozenset(frozen)
@@ -61,7 +70,7 @@ class Gradients:
         backend = model.backend if self._backend is None else self._backend
         plan = Plan(
             model.layers, model.parameters, model.statistics, backend, self.workspace,
-            batch, self.flat, self._placed, self.frozen,
+            batch, self.flat, self.placed, self.frozen,
         )  # fmt: skip
         self.plans[batch] = plan
         options = options_for_kernel(loss, model.out_features)
@@ -77,20 +86,33 @@ class Gradients:
 
         return run
 
+    def make_room(self, rows: int) -> None:
+        """Keep buffers for so many rows only; what was captured before is of no use."""
+        self.plans.clear()
+        self.workspace = Workspace(rows, self.model.dtype, self.memory)
+
+    def set_piece(self, piece: int) -> None:
+        """Let dropout draw other masks for each piece of a batch."""
+        self.stream[0] = self.seed + (piece << 32)
+        self.memory.fill(self.placed, self.stream)
+
     def set_step(self, step: int) -> None:
         """Let dropout draw the masks of this step."""
         self.stream[1] = step
-        self.memory.fill(self._placed, self.stream)
+        self.memory.fill(self.placed, self.stream)
 
     def inputs(self, X: Any, y: Any, sample_weight: Any, where: str, finite: bool) -> list[Array]:
         """X, target and (if given) weight as the kernels take them."""
+        expect_one_kind(where, X=X, y=y, sample_weight=sample_weight)
+        memory, look = self.model.memory, finite or not on_gpu(y)
         X = self.model.inputs(X, where, finite)
         batch = len(X)
         if not 1 <= batch <= self.batch_size:
             raise ShapeError(f"{where}: X: expected 1 … {self.batch_size} rows, got {batch}")
-        arrays = [X, self.loss.targets(y, batch, self.model.out_features, self.model.dtype)]
+        outputs, dtype = self.model.out_features, self.model.dtype
+        arrays = [X, self.loss.targets(y, batch, outputs, dtype, memory, look)]
         if sample_weight is not None:
-            arrays.append(weights(sample_weight, batch, where, self.model.dtype))
+            arrays.append(weights(sample_weight, batch, where, dtype, memory))
         return arrays
 
 
@@ -109,6 +131,7 @@ class TrainStep:
 
     A batch size is captured on its first use; from then on a step allocates nothing but its
     returned number, and X and y are read where they lie. A batch may be smaller than `batch_size`.
+    On a GPU the loss is a `PendingLoss`: the step is launched, and `float(loss)` waits for it.
 
     Args:
         model: any model; its parameters are updated in place.
@@ -122,9 +145,10 @@ class TrainStep:
             on a GPU. Sums, parameters and the update stay float32.
 
     Raises NonFiniteError when loss or gradient is not finite (DataError where X is the cause); the
-    parameters, moments and running statistics are then those of the step before. An exception from
-    a signal (Ctrl-C) stops a long step within a second; `steps` says whether it was applied. If
-    not, that batch alone is undone.
+    parameters, moments and running statistics are then those of the step before. On a GPU it is
+    raised when that loss is read, or by a later step; none in between was applied. An exception
+    from a signal (Ctrl-C) stops a long step within a second; `steps` says whether it was applied.
+    If not, that batch alone is undone.
     """
 
     def __init__(
@@ -164,14 +188,22 @@ class TrainStep:
             if isinstance(self.optimizer, Muon)
             else Update(self.optimizer, *given)
         )
-        self.steps = 0
+        self._steps = 0
         self.rows = 0  # of the last batch
-        self.loss = nan  # of the last batch
+        self.loss: float | PendingLoss = nan  # of the last batch
         self.running = False  # whether a signal's exception would be answered as `run` says
         self.accumulate = int(accumulate)
         self._sum = Accumulated()
         self._apart = accumulate > 1 or not self.update.fused
         self._captured: dict[tuple[int, ...], Callable[..., None]] = {}
+        self._most_rows = batch_size  # of a program; less where the device has no room for more
+        self._queue: Queue | None = None
+        if accumulate == 1 and self.loss_scale is None:
+            device = self.update.stepping(
+                self.gradients.value, self.gradients.placed, list(model.statistics.values())
+            )
+            if device is not None:
+                self._queue = Queue(self.update, model.memory, device, batch_size, self._refused)
         self._updating: Callable[[], None] | None = None
         # Forward moves running statistics before the step is known to be finite.
         self._statistics = list(model.statistics.values())
@@ -185,15 +217,23 @@ class TrainStep:
         """Batches accumulated towards the next step."""
         return self._sum.batches
 
-    def __call__(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+    @property
+    def steps(self) -> int:
+        """How many were applied. On a device: or launched, as far as none was refused yet."""
+        return self._steps if self._queue is None else self._queue.steps
+
+    def __call__(self, X: Any, y: Any, sample_weight: Any = None) -> float | PendingLoss:
         """Train on one batch: X (batch, in_features), y as the loss takes it → the loss."""
         # Finding a NaN costs a pass over X. The step itself finds it: it is looked for after that.
         return self.run(*self.gradients.inputs(X, y, sample_weight, "TrainStep", finite=False))
 
-    def run(self, *arrays: Array) -> float:
+    def run(self, *arrays: Array) -> float | PendingLoss:
         """Train on arrays that `Gradients.inputs` has checked: X, target[, weight]."""
         program = self.prepare(*arrays)
         self.rows = len(arrays[0])
+        if self._queue is not None:
+            self.loss = self._queue.run(program, arrays)
+            return self.loss
         before = self._sum
         self._copy(self._statistics, self._before_batch)
         if not before.batches:
@@ -220,7 +260,7 @@ class TrainStep:
                 self._sum = before
                 self._copy(self._before_batch, self._statistics)
             raise
-        self._expect_applied(arrays[0])
+        self._expect_applied(arrays)
         return value
 
     def flush(self) -> bool:
@@ -233,12 +273,14 @@ class TrainStep:
             self.running = False
             self._count()
             raise
-        self._expect_applied(None)
+        self._expect_applied(())
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """What a later step depends on besides the model, between two batches."""
         memory = self.model.memory
+        if self._queue is not None:
+            self._queue.settle()
         state = {
             "steps": self.steps, "optimizer": self.optimizer.state_dict(),
             "lr_factor": self.update.lr_factor,
@@ -268,7 +310,9 @@ class TrainStep:
                 f"for {self.model.layout.size} parameters, got others"
             )
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
+        self._steps = state["steps"]
+        if self._queue is not None:
+            self._queue.restart(self._steps)
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.load_state_dict(state["loss_scale"])
         if batches.batches:
@@ -330,29 +374,46 @@ class TrainStep:
         applied = isfinite(self.norm) and isfinite(self.gradients.value)
         if applied:
             self._sum = Accumulated()
-            self.steps += 1
+            self._steps += 1
             self.update.after()
             if self.loss_scale is not None:
                 self.loss_scale.step()
         return applied
 
-    def _expect_applied(self, X: Array | None) -> None:
+    def _expect_applied(self, arrays: Sequence[Array]) -> None:
         if self._count():
             return
         self._sum = Accumulated()
         self._copy(self._before_step, self._statistics)
-        if X is not None:
-            refuse_non_finite("TrainStep", "X", self.model.memory.numpy(X))
-        raise NonFiniteError(
-            f"TrainStep: step {self.steps + 1}: expected a finite loss and gradient, got loss "
-            f"{float(self.gradients.value)} and gradient norm {float(self.norm)} at lr "
-            f"{self.lr:g}; nothing was changed. Lower lr, set clip_norm, or scale the inputs"
+        raise self._refused(
+            self.steps + 1, arrays, float(self.gradients.value),
+            float(self.norm),
+        )  # fmt: skip
+
+    def _refused(
+        self, number: int, arrays: Sequence[Array], value: float, norm: float
+    ) -> Exception:
+        """Why step `number` was not applied: its batch, where that is the cause."""
+        try:
+            for name, array in zip(("X", "y"), arrays, strict=False):
+                refuse_non_finite("TrainStep", name, array)
+            if len(arrays) > 1:
+                model = self.model
+                self.gradients.loss.targets(
+                    in_host_memory(arrays[1]), len(arrays[1]), model.out_features, model.dtype
+                )
+        except (DataError, LabelError) as problem:
+            return problem
+        return NonFiniteError(
+            f"TrainStep: step {number}: expected a finite loss and gradient, got loss {value} and "
+            f"gradient norm {norm} at lr {self.lr:g}; nothing was changed. Lower lr, set "
+            "clip_norm, or scale the inputs"
         )
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step: the optimizer's, by the factor of a schedule."""
-        return self.optimizer.lr * self.update.lr_factor
+        return self.update.lr
 
     @property
     def state(self) -> dict[str, Array]:
@@ -367,20 +428,50 @@ class TrainStep:
     def prepare(self, *arrays: Array) -> Callable[..., None]:
         """The captured program for arrays like these; compiles what it needs, trains nothing."""
         key = (len(arrays[0]), arrays[1].ndim, len(arrays))
-        if key not in self._captured:
-            self._captured[key] = self._capture(arrays)
+        while key not in self._captured:
+            try:
+                self._captured[key] = self._capture(arrays)
+            except DeviceMemoryError as problem:
+                # Batch norm takes its mean over the whole batch.
+                if self._most_rows == 1 or self._statistics:
+                    raise
+                shortage = str(problem)
+            else:
+                break
+            self._halve(shortage)  # out here nothing holds on to what was allocated
         return self._captured[key]
 
+    def _halve(self, shortage: str) -> None:
+        """From now on make the gradient of half as many rows at once."""
+        if self._queue is not None:
+            self._queue.settle()
+            self._steps, self._queue = self._queue.steps, None
+        self._most_rows = -(-self._most_rows // 2)
+        self._apart = True
+        self._captured.clear()
+        self.gradients.make_room(self._most_rows)
+        warnings.warn(
+            f"TrainStep: {shortage}. The batch is kept, its gradient is made of pieces of "
+            f"{self._most_rows} rows, slower",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
     def _capture(self, arrays: tuple[Array, ...]) -> Callable[..., None]:
+        if len(arrays[0]) > self._most_rows:
+            return Pieces(self.gradients, self._most_rows, self.prepare, arrays)
         backend = self.model.backend
         gradients = self.gradients.operators(len(arrays[0]))
+        if self._queue is not None:
+            self._queue.expect(arrays)
 
         def step(*inputs: Array) -> None:
             gradients(*inputs)
             if not self._apart:
                 self.update.operator(backend, self.gradients.value)
 
-        captured: Callable[..., None] = backend.capture(step, *arrays)
+        operators = step if self._queue is None else self._queue.operators(gradients, backend)
+        captured: Callable[..., None] = backend.capture(operators, *arrays)
         return captured
 
 
@@ -409,15 +500,16 @@ def value_and_grad(
     return float(gradients.value), found
 
 
-def weights(sample_weight: Any, batch: int, where: str, dtype: Any) -> Array:
+def weights(sample_weight: Any, batch: int, where: str, dtype: Any, memory: Memory = HOST) -> Array:
     """Sample weights as (batch,), finite and ≥ 0."""
-    w = as_numbers(where, "sample_weight", sample_weight)
+    w = as_numbers(where, "sample_weight", sample_weight, memory)
     if w.shape != (batch,):
         raise ShapeError(f"{where}: sample_weight: expected shape ({batch},), got {w.shape}")
     refuse_non_finite(where, "sample_weight", w)
     if (w < 0).any():
+        w = in_host_memory(w)
         row = int(np.argmax(w < 0))
         raise OptionError(
             f"{where}: sample_weight: expected weights ≥ 0, got {w[row]} at row {row}"
         )
-    return np.ascontiguousarray(w, dtype)
+    return contiguous(w, dtype)

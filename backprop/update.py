@@ -9,11 +9,12 @@ norm and the limit on a neuron's weights, is array code before and after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import isfinite
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from backprop_kernels.arrays import Array
@@ -135,21 +136,51 @@ class Update:
         """Whether gradients and update can be captured as one program."""
         return not self._clipped
 
+    @property
+    def unattended(self) -> bool:
+        """Whether a step needs no array code before or after the operator."""
+        return self.fused and not self._limits
+
     def _row(self, treatment: Treatment) -> int:
         return self._rows.index(replace(treatment, max_norm=None))
 
+    @property
+    def treated(self) -> list[tuple[float, dict[str, Any]]]:
+        """(scale of the learning rate, options of the rule) of each row of scalars."""
+        options = self.optimizer.options
+        if self.spans is None:
+            return [(1.0, options)]
+        decays = "weight_decay" in options
+        return [
+            (t.lr_scale, {**options, "weight_decay": t.weight_decay} if decays else options)
+            for t in self._rows
+        ]
+
+    def stepping(self, value: Array, stream: Array, statistics: Sequence[Array]) -> Any:
+        """What lets a device count steps and make the scalars itself, where it can."""
+        if not self.unattended:
+            return None
+        return self.memory.stepping(
+            self.optimizer.rule, self.treated, self._placed, self.first, value, self.norm, stream,
+            statistics,
+        )  # fmt: skip
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step: the optimizer's, by the factor of a schedule."""
+        return self.optimizer.lr * self.lr_factor
+
     def prepare(self, step: int) -> None:
         """Set the scalars of step `step` (from 1)."""
-        lr = self.optimizer.lr * self.lr_factor
-        if self.spans is None:
-            self.scalars[1:] = self.optimizer.scalars(step, lr=lr)
-        else:
-            for row, t in zip(self.scalars, self._rows, strict=True):
-                changes = {"lr": lr * t.lr_scale}
-                if "weight_decay" in self.optimizer.options:
-                    changes["weight_decay"] = t.weight_decay
-                row[PREFIX:] = self.optimizer.scalars(step, **changes)
+        rows = self.scalars.reshape(-1, self.scalars.shape[-1])
+        for row, (scale, options) in zip(rows, self.treated, strict=True):
+            row[self.first :] = self.optimizer.scalars(step, **{**options, "lr": self.lr * scale})
         self.memory.fill(self._placed, self.scalars)
+
+    @property
+    def first(self) -> int:
+        """Where a row's scalars of the rule begin."""
+        return 1 if self.spans is None else PREFIX
 
     def before(self) -> None:
         """Clip each tensor's gradient by its norm. A NaN stays: the operator refuses it."""

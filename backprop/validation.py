@@ -13,6 +13,7 @@ from backprop_kernels.errors import BackpropError, DataError, KindError, OptionE
 from backprop.batches import Rows
 from backprop.evaluation import kind_of
 from backprop.losses import Loss
+from backprop.memory import HOST, Memory, expect_one_kind
 from backprop.model import Sequential
 from backprop.step import weights
 
@@ -30,8 +31,13 @@ class DataSet:
     def checked(
         cls, model: Sequential, loss: Loss, X: Any, y: Any, weight: Any, where: str
     ) -> DataSet:
-        """The data set, or an error that names `where` it came from."""
-        X = model.column(X, where)
+        """The data set, or an error that names `where` it came from.
+
+        Of data on the model's device X stays there; targets and weights are looked at by NumPy.
+        """
+        expect_one_kind(where, X=X, y=y, sample_weight=weight)
+        X, memory = model.column(X, where), model.memory
+        y, weight = memory.numpy(y), memory.numpy(weight)
         if len(X) == 0:
             raise DataError(f"{where}: X: expected at least one row, got shape {X.shape}")
         columns = [X, loss.column(y, len(X), model.out_features, model.dtype)]
@@ -45,7 +51,9 @@ class DataSet:
         w = np.ascontiguousarray(factor * rest[0] if rest else factor, X.dtype)
         return DataSet([X, target, w])
 
-    def split(self, fraction: float, loss: Loss, seed: int) -> tuple[DataSet, DataSet]:
+    def split(
+        self, fraction: float, loss: Loss, seed: int, memory: Memory = HOST
+    ) -> tuple[DataSet, DataSet]:
         """(rest, a share drawn at random): of every class the same share, where there are classes.
 
         At least one row, and of a class of one row none, is drawn.
@@ -64,9 +72,10 @@ class DataSet:
         if len(self) < 2:
             raise DataError("fit: validation_fraction: expected at least 2 rows to split, got 1")
         held = _drawn(fraction, _labels(columns[1], loss), np.random.default_rng(seed))
+        rest, share = np.flatnonzero(~held), np.flatnonzero(held)
         return (
-            DataSet([column[~held] for column in columns]),
-            DataSet([column[held] for column in columns]),
+            DataSet([memory.rows(column, rest) for column in columns]),
+            DataSet([memory.rows(column, share) for column in columns]),
         )
 
 

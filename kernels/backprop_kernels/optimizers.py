@@ -3,14 +3,14 @@
 `update(m, p, g, state, *scalars)` is a formula in the sense of `activations.py`: one parameter,
 its gradient and its state values in, the new parameter and state values out.
 `scalars(step, lr, **options)` are the numbers that are the same for all parameters of a step;
-they are computed once a step in float64. Options, defaults and arithmetic are PyTorch's.
+they are computed once a step in float64, by arithmetic alone (x ** 0.5 is a root), so that a GPU
+can be given them as a formula too. Options, defaults and arithmetic are PyTorch's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 
@@ -65,7 +65,7 @@ def _adam_scalars(
 ) -> tuple[float, ...]:
     beta1, beta2 = betas
     step_size = lr / (1 - beta1**step)
-    root_correction = sqrt(1 - beta2**step)
+    root_correction = (1 - beta2**step) ** 0.5
     return beta1, 1 - beta1, beta2, 1 - beta2, step_size, 1 / root_correction, eps, weight_decay
 
 

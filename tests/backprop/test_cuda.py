@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import gc
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from backprop_kernels.arrays import Array
 
 import backprop as bp
-from tests.cuda_host import build
+from tests.cuda_host import build, memory
 from tests.cuda_host.backend import installed
+from tests.cuda_host.cupy_stand_in import Device
 
 
 @pytest.fixture(autouse=True)
@@ -98,22 +100,141 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     before = model.state_dict()
     X[5, 2] = np.nan
     with pytest.raises(bp.DataError, match="NaN at row 5, column 2"):
-        step(X, y)
+        float(step(X, y))
     after = model.state_dict()
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert step.steps == 1
     assert np.isfinite(step(np.zeros_like(X), y))
 
 
-def test_device_arrays_are_refused_by_name() -> None:
+def twins(norm: str | None = None) -> list[bp.Sequential]:
+    return [bp.MLP([9, 12, 3], norm=norm, device="cuda", seed=1) for _ in range(2)]
+
+
+def bits(model: bp.Sequential) -> list[bytes]:
+    return [value.tobytes() for value in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("layout", ["as the model has it", "float64", "strided", "transposed"])
+def test_arrays_on_the_device_give_the_bits_of_those_of_the_host(layout: str) -> None:
     import cupy
 
     X, y = data()
-    step = bp.TrainStep(bp.MLP([9, 3]), "cross_entropy", "SGD", batch_size=203)
-    with pytest.raises(bp.KindError, match=re.escape("X: expected an array in host memory")):
-        step(cupy.asarray(X), y)
+    X, weight = X.astype(np.float32), np.linspace(0, 2, len(X), dtype=np.float32)
+    there = cupy.asarray(X)
+    if layout == "float64":
+        there = cupy.asarray(X.astype(np.float64))
+    elif layout == "strided":
+        there = cupy.asarray(np.repeat(X, 2, axis=1))[:, ::2]
+    elif layout == "transposed":
+        there = cupy.asarray(X.T).T
+    ids, shares = cupy.asarray(y.astype(np.int16)), cupy.asarray(weight)
+    one, other = twins()
+    for model, given in ((one, (X, y, weight)), (other, (there, ids, shares))):
+        step = bp.TrainStep(model, "cross_entropy", "Adam", batch_size=203)
+        assert [float(step(*given)) for _ in range(3)][2] < 2
+        bp.fit(
+            model, *given[:2], "cross_entropy", epochs=2, sample_weight=given[2], progress=False,
+            validation_fraction=0.2, batch_size=64, class_weight="balanced",
+        )  # fmt: skip
+    assert bits(one) == bits(other)
+    Y, P = other.predict(there), other.predict_proba(there)
+    assert isinstance(Y, cupy.ndarray) and isinstance(P, cupy.ndarray)
+    assert np.array_equal(Y.get(), one.predict(X)) and np.array_equal(P.get(), one.predict_proba(X))
+    results = [
+        bp.evaluate(other, *given, "cross_entropy", "accuracy") for given in ((X, y), (there, ids))
+    ]
+    assert results[0] == results[1]
+    assert (
+        bp.value_and_grad(other, there, ids, "cross_entropy")[0]
+        == bp.value_and_grad(other, X, y, "cross_entropy")[0]
+    )
+    assert np.array_equal(bp.ops.gather_rows(there, cupy.asarray(y)).get(), there.get()[y])
+
+
+def test_arrays_of_the_wrong_place_are_refused_by_name() -> None:
+    import cupy
+
+    X, y = data()
+    there, ids = cupy.asarray(X), cupy.asarray(y)
+    model = bp.MLP([9, 3], device="cuda")
+    before = bits(model)
+    step = bp.TrainStep(model, "cross_entropy", "SGD", batch_size=203)
+    mixed = "expected arrays of one kind, got X on a GPU and y in host memory; copy with"
+    for call in (
+        lambda: step(there, y),
+        lambda: bp.fit(model, there, y, "cross_entropy"),
+        lambda: bp.evaluate(model, there, y, "cross_entropy"),
+    ):
+        with pytest.raises(bp.KindError, match=mixed):
+            call()
+    with pytest.raises(bp.KindError, match="got y on a GPU and X, sample_weight in host memory"):
+        step(X, ids, np.ones(203))
+    for host in (bp.MLP([9, 3], device="cpu"), bp.MLP([9, 3], device="reference")):
+        with pytest.raises(bp.KindError, match="predict: X: expected an array in host memory, got"):
+            host.predict(there)
+        with pytest.raises(bp.KindError, match="X: expected an array in host memory"):
+            bp.fit(host, there, ids, "cross_entropy")
     with pytest.raises(bp.KindError, match="a mix of cupy and numpy"):
-        bp.ops.linear_forward(cupy.asarray(X), X)
+        bp.ops.linear_forward(there, X)
+
+    class Tensor:
+        __cuda_array_interface__ = None
+
+    with pytest.raises(
+        bp.KindError, match=r"expected a NumPy or CuPy array, got .*Tensor; convert"
+    ):
+        model.predict(Tensor())
+    assert bits(model) == before and np.isfinite(step(there, ids))
+
+
+def test_bad_values_on_the_device_are_found_and_change_nothing() -> None:
+    import cupy
+
+    X, y = data()
+    there, ids = cupy.asarray(X), cupy.asarray(y)
+    model = bp.MLP([9, 8, 3], norm="batch", device="cuda")
+    step = bp.TrainStep(model, "cross_entropy", "SGD", batch_size=203)
+    raw = cupy.asarray(np.zeros(203 * 36 + 4, np.uint8))
+    odd = raw[2:-2].view(np.float32).reshape(203, 9)
+    before = bits(model)
+    wrong, bad = y.copy(), X.copy()
+    wrong[[4, 90]], bad[3, 1] = 3, np.nan
+    for error, message, given in (
+        (bp.LabelError, "ids 0 … 2, got 3 at row 4 .2 such row", (there, cupy.asarray(wrong))),
+        (bp.LabelError, "class ids 0 … 2, got -1", (there, cupy.asarray(y - 1))),
+        (bp.DataError, "NaN at row 3, column 1", (cupy.asarray(bad), ids)),
+        (bp.BackpropError, "expected class ids", (there, cupy.asarray(y + 0.5))),
+        (bp.KindError, "X: expected numbers, got dtype complex128", (cupy.asarray(X + 0j), ids)),
+        (bp.ShapeError, "X: expected memory aligned to 4 bytes", (odd, ids)),
+        (bp.ShapeError, r"X: expected shape \(batch, in_features=9\)", (there[:, :8], ids)),
+        (bp.ShapeError, "one row per row of X", (there, ids[:5])),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            float(step(*given))
+        with pytest.raises(error, match=message):
+            bp.fit(model, *given, "cross_entropy", progress=False)
+        assert bits(model) == before and step.steps == 0
+    with pytest.raises(bp.LabelError, match=r"probabilities .* got 1.5 at row 0, column 2"):
+        step(there, cupy.asarray(np.full((203, 3), [0.5, 0.5, 1.5])))
+    with pytest.raises(bp.OptionError, match=r"weights ≥ 0, got -1.0 at row 7"):
+        step(there, ids, cupy.asarray(np.where(np.arange(203) == 7, -1.0, 1.0)))
+    # The context lives.
+    assert np.isfinite(step(there, ids)) and step.steps == 1 and bits(model) != before
+
+
+def test_data_beyond_2_to_the_31_elements() -> None:
+    """Addresses of nothing but zeros take no memory here: rows at both ends of one array."""
+    import cupy
+
+    rows, columns = 2**29 + 7, 5  # 10 GiB
+    X = cupy.empty_zeros((rows, columns), np.float32)
+    last = X[rows - 2 :]
+    last[...] = cupy.asarray(np.arange(10, dtype=np.float32).reshape(2, 5))
+    index = cupy.asarray(np.array([0, rows - 1, rows - 2, 2**29, 2**28 * 2 - 1]))
+    got = bp.ops.gather_rows(X, index).get()
+    assert np.array_equal(got[1:3], [[5, 6, 7, 8, 9], [0, 1, 2, 3, 4]])
+    assert not got[[0, 3, 4]].any()
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
@@ -123,10 +244,86 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         bp.MLP([2, 1], device="cuda:1")
 
 
-def test_out_of_memory_says_what_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.cuda_host.cupy_stand_in import Device
+def leave(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Give the device so many bytes more than it uses."""
+    gc.collect()
+    monkeypatch.setattr(Device, "memory", memory.used() + free)
 
-    monkeypatch.setattr(Device, "memory", 1 << 16)
+
+def test_out_of_memory_says_what_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(monkeypatch, 65_536)
     # 256 x 256 weights and 256 biases
     with pytest.raises(bp.DeviceMemoryError, match="room for 263,168 bytes, 65,536 are free"):
         bp.MLP([256, 256], device="cuda", dtype="float32")
+
+
+def test_batch_that_does_not_fit_is_kept_and_cut_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as it takes, in the first step or when data is there already; same numbers."""
+    X, y = data()
+    there, weight = X.astype(np.float32), np.linspace(0.1, 2, len(X))
+
+    def trained(pieces: int) -> tuple[bp.TrainStep, list[float]]:
+        model = bp.MLP([9, 64, 64, 3], device="cuda", seed=1)
+        step = bp.TrainStep(model, "cross_entropy", "Adam", batch_size=203, clip_norm=1.0)
+        if pieces > 1:
+            # 203 rows need 320,000 bytes: outputs and deltas of 64 columns, sums, two sent ahead.
+            leave(monkeypatch, 330_000 // pieces + 40_000)
+            said = r"room for [\d,]+ bytes, [\d,]+ are free.* made of pieces of \d+ rows, slower"
+            with pytest.warns(RuntimeWarning, match=said):
+                losses = [float(step(there, y, weight))]
+        else:
+            losses = [float(step(there, y, weight))]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            losses += [float(step(there, y, weight)) for _ in range(3)]
+        monkeypatch.setattr(Device, "memory", 1 << 32)
+        return step, losses
+
+    whole, expected = trained(1)
+    bound = 4 * 64 * np.finfo(np.float32).eps
+    for pieces in (2, 6):
+        step, losses = trained(pieces)
+        again, _ = trained(pieces)
+        assert bits(step.model) == bits(again.model)  # the same pieces, the same bits
+        assert step.steps == 4 and step._most_rows <= -(-203 // pieces)
+        np.testing.assert_allclose(losses, expected, rtol=bound)
+        for name, value in whole.model.state_dict().items():
+            np.testing.assert_allclose(
+                step.model.state_dict()[name], value, atol=64 * bound, err_msg=name
+            )
+
+
+def test_each_piece_draws_masks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [bp.Dropout(0.5), bp.Linear(200, 1, bias=False)]
+    model = bp.Sequential(layers, device="cuda")
+    step = bp.TrainStep(model, "mse", bp.SGD(lr=0.0), batch_size=40)
+    leave(monkeypatch, 60_000)
+    with pytest.warns(RuntimeWarning, match="pieces of"):
+        float(step(np.ones((40, 200)), np.zeros(40)))
+    masks = []
+    for piece in range(2):
+        step.gradients.set_piece(piece)
+        rows = step._most_rows
+        program = step.prepare(np.ones((rows, 200), np.float32), np.zeros((rows, 1), np.float32))
+        program(np.ones((rows, 200), np.float32), np.zeros((rows, 1), np.float32))
+        masks.append(next(iter(step.gradients.plans.values())).passes[0].Y.get() > 0)
+    assert 0.4 < (masks[0] == masks[1]).mean() < 0.6
+
+
+def test_what_cannot_be_cut_is_an_error_that_says_what_was_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    X, y = data()
+    wide = bp.MLP([9, 4096, 3], device="cuda")
+    normed = bp.MLP([9, 64, 3], norm="batch", device="cuda")
+    for model, free in ((normed, 60_000), (wide, 400_000)):
+        step = bp.TrainStep(model, "cross_entropy", "SGD", batch_size=203)
+        before = bits(model)
+        leave(monkeypatch, free)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(bp.DeviceMemoryError, match=r"room for [\d,]+ bytes, [\d,]+ are"):
+                step(X, y)
+        monkeypatch.setattr(Device, "memory", 1 << 32)
+        assert bits(model) == before and step.steps == 0
+        assert np.isfinite(step(X, y))  # and the device serves on

@@ -106,7 +106,7 @@ def test_dropout_changes_from_step_to_step_and_repeats_from_run_to_run(device: s
         step = bp.TrainStep(
             everything(device), "cross_entropy", bp.SGD(lr=0.0), batch_size=24, seed=seed
         )
-        return [step(X, ids) for _ in range(5)]
+        return [float(step(X, ids)) for _ in range(5)]
 
     assert len(set(losses(7))) == 5
     assert losses(7) == losses(7) != losses(8)
@@ -179,7 +179,7 @@ def test_step_that_diverges_changes_nothing(device: str) -> None:
     model, step = two_steps_in(device)
     before, moments = bits(model), [s.tobytes() for s in step.state.values()]
     with pytest.raises(bp.NonFiniteError) as error:
-        step(X, y * 1e25)  # whose squares leave float32
+        float(step(X, y * 1e25))  # whose squares leave float32
     message = str(error.value)
     assert message.startswith(
         "TrainStep: step 3: expected a finite loss and gradient, got loss "
@@ -200,7 +200,7 @@ def test_nan_in_a_batch_is_named_and_changes_nothing(device: str) -> None:
     bad = X.copy()
     bad[17, 3] = np.nan
     with pytest.raises(bp.DataError) as error:
-        step(bad, y)
+        float(step(bad, y))
     assert str(error.value) == (
         "TrainStep: X: expected finite numbers, got NaN at row 17, column 3 (1 of 120); impute or "
         "drop such rows"

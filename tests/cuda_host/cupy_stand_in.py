@@ -1,17 +1,21 @@
 """The part of CuPy that the library uses, on a CPU: kernels run in the emulator.
 
 It is as strict as CuPy where that finds mistakes: an array never turns into a NumPy array unasked
-nor mixes with one, nothing but launches may happen while a stream captures, and what a stream of
-its own is told to copy is copied as late as anyone may see.
+nor mixes with one, nothing but launches may happen while a stream captures, and streams work as
+late as anyone may see: those of their own where `late_kernels` is false, the one that graphs and
+copies between them run on where it is true. The other kind then works at once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import math
+import mmap
 import os
 import re
 import tempfile
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -35,10 +39,13 @@ class Pointer:
         self.mem, self.ptr = mem, ptr
 
     def copy_from_device_async(self, source: Pointer, size: int, stream: Any = None) -> None:
-        ctypes.memmove(self.ptr, source.ptr, size)
+        _null.submit(lambda: ctypes.memmove(self.ptr, source.ptr, size))
 
     def copy_from_host_async(self, host: int, size: int, stream: Stream) -> None:
         stream.submit(lambda: ctypes.memmove(self.ptr, host, size))
+
+    def copy_to_host_async(self, host: int, size: int, stream: Stream) -> None:
+        stream.submit(lambda: ctypes.memmove(host, self.ptr, size))
 
 
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
@@ -96,7 +103,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         _eager("fill")
         self._host.fill(value)
 
-    def copy(self) -> ndarray:
+    def copy(self, order: str = "C") -> ndarray:
+        _eager("copy")
         return asarray(self._host)
 
     def get(self, stream: Any = None, order: str = "C", out: Any = None) -> Any:
@@ -149,7 +157,10 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def tobytes(self) -> bytes:
         return bytes(self.get().tobytes())
 
-    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
+    def astype(self, dtype: Any, order: str = "K", copy: bool = True) -> ndarray:
+        _eager("astype")
+        if not copy and self.dtype == dtype and (order != "C" or self.flags.c_contiguous):
+            return self
         return asarray(self._host.astype(dtype))
 
     def __bool__(self) -> bool:
@@ -177,10 +188,16 @@ def empty(shape: Any, dtype: Any = float) -> ndarray:
     dtype = np.dtype(dtype)
     sizes = tuple(np.atleast_1d(np.asarray(shape, np.int64)).tolist()) if shape != () else ()
     count = int(np.prod(sizes, dtype=object)) if sizes else 1
-    if count * dtype.itemsize > Device.memory:
+    if count * dtype.itemsize > Device.free():
         raise OutOfMemoryError(f"out of memory allocating {count * dtype.itemsize:,} bytes")
     mem = memory.Memory(count * dtype.itemsize)
     return ndarray(mem.bytes.view(dtype).reshape(sizes), mem)
+
+
+def empty_zeros(shape: tuple[int, ...], dtype: Any) -> ndarray:
+    """Zeros that take no memory until they are written, and have no guards: for huge arrays."""
+    host = np.frombuffer(mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize), dtype)
+    return ndarray(host.reshape(shape), host)  # type: ignore[arg-type]
 
 
 def zeros(shape: Any, dtype: Any = float) -> ndarray:
@@ -205,8 +222,12 @@ def asnumpy(array: ndarray) -> np.ndarray:
 class Device:
     """cupy.cuda.Device."""
 
-    memory = 1 << 32
+    memory = 1 << 32  # bytes
     compute_capability = COMPUTE_CAPABILITY
+
+    @classmethod
+    def free(cls) -> int:
+        return max(cls.memory - memory.used(), 0)
 
     def __init__(self, number: int = 0) -> None:
         self.id = number
@@ -217,29 +238,49 @@ class Device:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def synchronize(self) -> None:
+        for stream in list(_streams):
+            stream.synchronize()
+
 
 _capturing: list[Callable[[], None]] | None = None
 
 
 def _eager(what: str) -> None:
+    """What is no launch comes after all launches, and never while a stream captures."""
     if _capturing is not None:
         raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
+    if what != "empty":
+        _null.finish(len(_null._queue))
+
+
+def _nothing() -> None:
+    pass
+
+
+late_kernels = False
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
 
 class Stream:
-    """cupy.cuda.Stream. Kernels run at once; its copies wait until someone waits for them."""
+    """cupy.cuda.Stream."""
 
     def __init__(self, non_blocking: bool = False) -> None:
         self._queue: list[Callable[[], object]] = []
+        self._done = 0
+        _streams.add(self)
 
     def submit(self, work: Callable[[], object]) -> None:
         self._queue.append(work)
+        if late_kernels != (self is _null):
+            self.finish(len(self._queue))
 
     def finish(self, count: int) -> None:
         """Do the first `count` pieces of work of all there ever were."""
-        for i, work in enumerate(self._queue[:count]):
+        while self._done < count:
+            work, self._queue[self._done] = self._queue[self._done], _nothing
+            self._done += 1
             work()
-            self._queue[i] = lambda: None
 
     def wait_event(self, event: Event) -> None:
         event.synchronize()
@@ -265,11 +306,14 @@ class Stream:
         self.finish(len(self._queue))
 
 
+_null = Stream()
+
+
 class Event:
     """cupy.cuda.Event."""
 
     def __init__(self) -> None:
-        self._stream, self._count = Stream(), 0
+        self._stream, self._count = _null, 0
 
     def record(self, stream: Stream) -> None:
         self._stream, self._count = stream, len(stream._queue)
@@ -285,7 +329,11 @@ class Graph:
         self.calls = calls
 
     def launch(self, stream: Any = None) -> None:
-        _eager("launch")
+        if _capturing is not None:
+            raise RuntimeError("launch: operation not permitted when stream is capturing")
+        _null.submit(self._run)
+
+    def _run(self) -> None:
         for call in self.calls:
             call()
 
@@ -325,6 +373,7 @@ class Function:
         if _capturing is not None:
             _capturing.append(lambda: self._launch(grid, block, values, shared_mem))
         else:
+            _eager("launch")
             self._launch(grid, block, values, shared_mem)
 
     def _launch(self, grid: Any, block: Any, values: list[np.ndarray], shared: int) -> None:
@@ -380,11 +429,11 @@ cuda = SimpleNamespace(
     Event=Event,
     Stream=Stream,
     alloc_pinned_memory=bytearray,
-    get_current_stream=Stream,
+    get_current_stream=lambda: _null,
     function=SimpleNamespace(Module=Module),
     memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
     runtime=SimpleNamespace(
-        memGetInfo=lambda: (Device.memory, Device.memory),
+        memGetInfo=lambda: (Device.free(), Device.memory),
         driverGetVersion=lambda: 13000,
         getDeviceCount=lambda: 1,
     ),

@@ -58,6 +58,11 @@ class Memory:
         return max(self.ptr - address, address - (self.ptr + self.size - 1), 0)
 
 
+def used() -> int:
+    """Bytes of all arrays that exist."""
+    return sum(m.size for m in list(_live.values()))
+
+
 def check_canaries() -> None:
     """Every array that exists."""
     for memory in list(_live.values()):

@@ -17,6 +17,7 @@ from backprop_kernels.arrays import Dropout
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.in_precision import InPrecision
+from backprop_kernels.cuda.stepping import Stepping
 from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
 
@@ -84,6 +85,7 @@ def everything(
                 _loss(dtype, losses[0], activation)
             for rule in rules:
                 _optimizer(dtype, rule)
+                _stepping(rule)
             for batch in (8, 3000):  # one split, several
                 cuda.linear_wgrad(_empty(dtype, batch, 3), _empty(dtype, batch, 4))
             cuda.linear_wgrad(_empty(dtype, 1, 8192), _empty(dtype, 1, 4))
@@ -167,3 +169,15 @@ def _optimizer(dtype: np.dtype, rule: str) -> None:
     cuda.optimizer_step(P, P, state, _empty(double, 1 + count), rule, guard)
     scalars = _empty(double, 1, 4 + count)
     cuda.optimizer_step(P, P, state, scalars, rule, guard, spans=[(0, 64, 0)])
+
+
+def _stepping(rule: str) -> None:
+    double, options = np.dtype(np.float64), OPTIMIZERS[rule].options
+    table = _empty(double, 1 + len(OPTIMIZERS[rule].scalars(1, **options)))
+    step = Stepping(
+        rule, [(1.0, options)], table, 1, _empty(double), _empty(double),
+        _empty(np.dtype(np.int64), 2), [_empty(double, 40)],
+    )  # fmt: skip
+    step.remember()
+    step.scalars()
+    step.end()

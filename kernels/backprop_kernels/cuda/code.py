@@ -91,6 +91,14 @@ class Value:
     def __rtruediv__(self, other: Any) -> Value:
         return self._binary(other, "/", self)
 
+    def __pow__(self, other: Any) -> Value:
+        if not isinstance(other, Value) and other == 0.5:
+            return self.body.value(f"sqrt({_text(self)})")
+        return self.body.value(f"pow({_text(self)}, {_text(other)})")
+
+    def __rpow__(self, other: Any) -> Value:
+        return self.body.value(f"pow({_text(other)}, {_text(self)})")
+
     def __neg__(self) -> Value:
         return self.body.value(f"-{_text(self)}")
 

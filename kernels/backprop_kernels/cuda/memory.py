@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from backprop_kernels.arrays import Array
 from backprop_kernels.cuda.launch import cupy, empty, is_array
+from backprop_kernels.errors import KindError, ShapeError
+
+if TYPE_CHECKING:
+    from backprop_kernels.cuda.stepping import Stepping
 
 SHARE = 0.5  # of the free memory that a data set may take
 
@@ -25,6 +30,25 @@ class DeviceMemory:
 
     def __exit__(self, *problem: object) -> None:
         cupy().cuda.Device(self.number).__exit__(*problem)
+
+    def taken(self, where: str, argument: str, value: Any) -> Array:
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        if not is_array(value):
+            raise KindError(
+                f"{where}: {argument}: expected a NumPy or CuPy array, got {kind}; convert with "
+                "cupy.asarray(x), which copies nothing"
+            )
+        if value.device.id != self.number:
+            raise KindError(
+                f"{where}: {argument}: expected an array on device {self.number}, where the model "
+                f"is, got one on device {value.device.id}; copy it there"
+            )
+        if value.data.ptr % value.dtype.itemsize:
+            raise ShapeError(
+                f"{where}: {argument}: expected memory aligned to {value.dtype.itemsize} bytes, "
+                f"got address {value.data.ptr:#x}; pass {argument}.copy()"
+            )
+        return value
 
     def zeros(self, shape: Any, dtype: Any) -> Array:
         with cupy().cuda.Device(self.number):
@@ -53,6 +77,14 @@ class DeviceMemory:
         with cupy().cuda.Device(self.number):
             return array.get()
 
+    def rows(self, array: Array, index: Array) -> Array:
+        if not is_array(array):
+            return array[index]
+        from backprop_kernels.cuda.gather_rows import gather_rows
+
+        with cupy().cuda.Device(self.number):
+            return gather_rows(array, self.place(index))
+
     def fits(self, arrays: Sequence[Array]) -> bool:
         with cupy().cuda.Device(self.number):
             free = int(cupy().cuda.runtime.memGetInfo()[0])
@@ -61,19 +93,13 @@ class DeviceMemory:
     def ahead(self, batches: Iterable[Sequence[Array]]) -> Iterator[Sequence[Array]]:
         """The batches as device arrays; while one is used the next is on its way.
 
-        Each goes through pinned memory, so that its copy runs beside the kernels, on a stream of
-        its own. Two sets of buffers take turns: what was yielded is good until the next is taken.
+        What was yielded is good until the next is taken.
         """
-        turns: list[_Turn] = []
-        pending: _Turn | None = None
-        with cupy().cuda.Device(self.number):
-            stream = cupy().cuda.Stream(non_blocking=True)
-        for number, batch in enumerate(batches):
-            with cupy().cuda.Device(self.number):
-                if number < 2:
-                    turns.append(_Turn(batch))
-                turn = turns[number % 2]
-                turn.send(batch, stream)
+        feed: Feed | None = None
+        pending: Turn | None = None
+        for batch in batches:
+            feed = feed or self.feed(len(batch[0]))
+            turn = feed.send(batch)
             if pending is not None:
                 yield pending.take()
                 pending.release()
@@ -82,25 +108,68 @@ class DeviceMemory:
             yield pending.take()
             pending.release()
 
+    def feed(self, rows: int) -> Feed:
+        """A way for NumPy batches of up to `rows` rows to the device."""
+        with cupy().cuda.Device(self.number):
+            return Feed(self.number, rows)
 
-class _Turn:
+    def stepping(self, *given: Any) -> Stepping:
+        """What a captured training step keeps here: `Stepping` takes the same arguments."""
+        from backprop_kernels.cuda.stepping import Stepping
+
+        with cupy().cuda.Device(self.number):
+            return Stepping(*given)
+
+
+class Feed:
+    """Batches through pinned memory: their copies run beside the kernels, on a stream of their own.
+
+    Two sets of buffers take turns: one is filled while kernels still read the other.
+    """
+
+    def __init__(self, number: int, rows: int) -> None:
+        self.number, self.rows = number, rows
+        self._turns: list[Turn] = []
+        self._sent = 0
+        self._stream = cupy().cuda.Stream(non_blocking=True)
+
+    def expect(self, batch: Sequence[Array]) -> None:
+        """Make buffers for batches of this kind, where it is another than before."""
+        kinds = [(array.shape[1:], array.dtype) for array in batch]
+        if not self._turns or self._turns[0].kinds != kinds:
+            device = cupy().cuda.Device(self.number)
+            device.synchronize()  # the old buffers may be in use
+            with device:
+                self._turns = [Turn(batch, self.rows) for _ in range(2)]
+
+    def send(self, batch: Sequence[Array]) -> Turn:
+        """Start copying `batch`, whose arrays may change once this returns."""
+        self.expect(batch)
+        with cupy().cuda.Device(self.number):
+            turn = self._turns[self._sent % 2]
+            self._sent += 1
+            turn.send(batch, self._stream)
+        return turn
+
+
+class Turn:
     """Pinned and device buffers for one batch, and how far their use has come."""
 
-    def __init__(self, batch: Sequence[Array]) -> None:
-        self.pinned = [_pinned(array) for array in batch]
-        self.buffers = [empty(array.shape, array.dtype) for array in batch]
+    def __init__(self, batch: Sequence[Array], rows: int) -> None:
+        self.kinds = [(array.shape[1:], array.dtype) for array in batch]
+        self.pinned = [pinned((rows, *shape), dtype) for shape, dtype in self.kinds]
+        self.buffers = [empty((rows, *shape), dtype) for shape, dtype in self.kinds]
         self.ready, self.used = cupy().cuda.Event(), cupy().cuda.Event()
         self.rows = 0
 
     def send(self, batch: Sequence[Array], stream: Any) -> None:
-        """Start copying `batch`; no longer than the first one."""
         self.ready.synchronize()  # the copy that reads the pinned memory is over
         stream.wait_event(self.used)  # and so are the kernels that read the device's
         self.rows = len(batch[0])
-        for array, pinned, buffer in zip(batch, self.pinned, self.buffers, strict=True):
-            part = pinned[: self.rows]
+        for array, here, there in zip(batch, self.pinned, self.buffers, strict=True):
+            part = here[: self.rows]
             part[...] = array
-            buffer.data.copy_from_host_async(part.ctypes.data, part.nbytes, stream)
+            there.data.copy_from_host_async(part.ctypes.data, part.nbytes, stream)
         self.ready.record(stream)
 
     def take(self) -> list[Array]:
@@ -113,6 +182,8 @@ class _Turn:
         self.used.record(cupy().cuda.get_current_stream())
 
 
-def _pinned(like: Array) -> Array:
-    memory = cupy().cuda.alloc_pinned_memory(max(like.nbytes, 1))
-    return np.frombuffer(memory, like.dtype, like.size).reshape(like.shape)
+def pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Host memory that the device copies to and from by itself."""
+    count = prod(shape)
+    memory = cupy().cuda.alloc_pinned_memory(max(count * dtype.itemsize, 1))
+    return np.frombuffer(memory, dtype, count).reshape(shape)

@@ -1,0 +1,157 @@
+"""The step count, the learning rate and the outcome of training steps, kept on the device.
+
+A captured step counts itself, makes the optimizer's scalars of its number and refuses what is not
+finite, so the host may launch many before it looks at one. After a refused step all later ones
+change nothing until the host says `go_on`. The kernels and their contract: stepping.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from backprop_kernels.arrays import Array
+from backprop_kernels.cuda import code
+from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.cuda.launch import cupy, empty, launch
+from backprop_kernels.cuda.memory import pinned
+from backprop_kernels.errors import KindError
+from backprop_kernels.optimizers import OPTIMIZERS
+
+THREADS = 256  # as stepping.cu has it
+STEPS, RATE, STOPPED, LOSS, NORM, APPLIED, GUARD, FIELDS = range(8)  # of `state`, likewise
+DEPTH = 16  # outcomes that may be on their way to the host
+
+
+class Outcome(NamedTuple):
+    """What became of a step."""
+
+    loss: float
+    norm: float
+    applied: bool
+
+
+class Stepping:
+    """One training step's numbers. `remember` … `end` are operators, to be captured around it.
+
+    table is the optimizer's scalars, of which the first `first` columns stay as they are; each row
+    has its options. statistics are arrays that forward moves before the step is known to be good.
+    """
+
+    def __init__(
+        self, rule: str, options: Sequence[tuple[float, Mapping[str, Any]]], table: Array,
+        first: int, value: Array, norm: Array, stream: Array, statistics: Sequence[Array],
+    ) -> None:  # fmt: skip
+        self.rule, self.table, self.first = rule, table, first
+        self.value, self.norm, self.stream = value, norm, stream
+        self.state = empty((FIELDS,), np.float64)
+        self.state.fill(0)
+        self.guard = self.state[GUARD:FIELDS].reshape(())
+        self.statistics = [(now, empty(now.shape, now.dtype)) for now in statistics]
+        self._options = empty((len(options), 1 + len(_numbers(options[0][1]))), np.float64)
+        self._unit = Unit("stepping.cu", _variant(rule, _switches(options[0][1])))
+        self._outcomes = pinned((DEPTH, FIELDS), np.dtype(np.float64))
+        self._there = [cupy().cuda.Event() for _ in range(DEPTH)]
+
+    def set_options(self, options: Sequence[tuple[float, Mapping[str, Any]]]) -> None:
+        """(scale of the learning rate, options of the rule) of each row."""
+        rows = [[scale, *_numbers(given)] for scale, given in options]
+        self._options.set(np.array(rows, np.float64))
+
+    def set_rate(self, rate: float) -> None:
+        self.state[RATE : RATE + 1].set(np.array([rate]))
+
+    def set_steps(self, steps: int) -> None:
+        self.state[STEPS : STEPS + 1].set(np.array([steps], np.float64))
+        self.stream[1:2].set(np.array([steps], np.int64))
+
+    def remember(self) -> None:
+        """Operator, before forward."""
+        for now, before in self.statistics:
+            self._words("remember", now, before)
+
+    def scalars(self) -> None:
+        """Operator, after backward and before the optimizer, whose guard is `guard`."""
+        rows, width = len(self._options), self.table.shape[-1]
+        launch(
+            self._unit, "step_scalars", (1,), (THREADS,), self.state, self.value, self._options,
+            self.table, rows, self._options.shape[1], width, self.first,
+        )  # fmt: skip
+
+    def end(self) -> None:
+        """Operator, after the optimizer."""
+        launch(self._unit, "step_end", (1,), (32,), self.state, self.value, self.norm, self.stream)
+        for now, before in self.statistics:
+            self._words("take_back", self.state, before, now)
+
+    def _words(self, entry: str, *arrays: Array) -> None:
+        words = arrays[-1].nbytes // 4
+        launch(self._unit, entry, (-(-words // THREADS),), (THREADS,), *arrays, words)
+
+    def fetch(self, number: int) -> None:
+        """Send the outcome of the step launched last on its way; at most DEPTH may be."""
+        slot, stream = number % DEPTH, cupy().cuda.get_current_stream()
+        host = self._outcomes[slot]
+        self.state.data.copy_to_host_async(host.ctypes.data, host.nbytes, stream)
+        self._there[slot].record(stream)
+
+    def outcome(self, number: int) -> Outcome:
+        """Wait for what `fetch(number)` sent."""
+        slot = number % DEPTH
+        self._there[slot].synchronize()
+        state = self._outcomes[slot]
+        return Outcome(float(state[LOSS]), float(state[NORM]), bool(state[APPLIED]))
+
+    def go_on(self) -> None:
+        """Apply steps again, after one that was refused."""
+        self.state[STOPPED : STOPPED + 1].set(np.zeros(1))
+
+
+def _numbers(options: Mapping[str, Any]) -> list[float]:
+    """The options that are numbers, one after the other; lr is set apart."""
+    found: list[float] = []
+    for name, value in options.items():
+        if name != "lr" and not isinstance(value, bool):
+            found += np.atleast_1d(value).tolist()
+    return found
+
+
+def _switches(options: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
+    """The options that are true or false."""
+    return tuple((name, value) for name, value in options.items() if isinstance(value, bool))
+
+
+@cache
+def _variant(rule: str, switches: tuple[tuple[str, bool], ...]) -> str:
+    """variant.cuh: `scalars(step, lr, numbers, row)`, the rule's in float64."""
+    optimizer = OPTIMIZERS[rule]
+
+    def formula(step: Any, lr: Any, *numbers: Any) -> tuple[Any, ...]:
+        given, rest = {"lr": lr, **dict(switches)}, iter(numbers)
+        for name, default in optimizer.options.items():
+            if isinstance(default, tuple):
+                given[name] = tuple(next(rest) for _ in default)
+            elif name not in given:
+                given[name] = next(rest)
+        try:
+            return optimizer.scalars(step, **given)
+        except TypeError as problem:
+            raise KindError(
+                f"{rule}: scalars: expected arithmetic of step and options alone (** 0.5 for a "
+                f"root), got {problem}"
+            ) from problem
+
+    count = len(_numbers(optimizer.options))
+    results = len(optimizer.scalars(1, **optimizer.options))
+    names = ["step", "lr", *(f"o{i}" for i in range(count))]
+    given = ["step", "lr", *(f"o[{i}]" for i in range(count))]
+    call = ", ".join([*given, *(f"row[{i}]" for i in range(results))])
+    return code.variant(
+        np.dtype(np.float64),
+        code.function("formula", names, formula),
+        "DEVICE void scalars(double step, double lr, const double* o, double* row) {\n"
+        f"    formula({call});\n}}\n",
+    )
