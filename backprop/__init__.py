@@ -36,6 +36,7 @@ from backprop.device import get_num_threads, set_num_threads
 from backprop.evaluation import evaluate
 from backprop.fit import fit
 from backprop.gradcheck import GradientError, GradientReport, gradcheck
+from backprop.gradients import value_and_grad
 from backprop.history import History
 from backprop.layers import BatchNorm, Dropout, LayerNorm, Linear, RMSNorm
 from backprop.losses import Loss
@@ -46,7 +47,7 @@ from backprop.optimizers import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSp
 from backprop.profile import Phase, Profile, profile
 from backprop.resume import Checkpoint
 from backprop.schedules import Plateau, Schedule
-from backprop.step import TrainStep, value_and_grad
+from backprop.step import TrainStep
 
 if TYPE_CHECKING:
     from backprop import datasets

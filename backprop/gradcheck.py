@@ -10,10 +10,10 @@ from backprop_kernels import reference
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import BackpropError
 
+from backprop.gradients import value_and_grad
 from backprop.losses import Loss, options_for_kernel, resolve_loss
 from backprop.model import Sequential
 from backprop.passes import Plan, Workspace
-from backprop.step import value_and_grad
 
 STEP = 1e-200  # complex step subtracts nothing, so the step can be as small as a double goes
 BOUND = {"float32": 1e-4, "float64": 1e-10}

@@ -12,10 +12,10 @@ from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import NonFiniteError, OptionError
 
+from backprop.gradients import Gradients
 from backprop.history import History
 from backprop.losses import Loss, resolve_loss
 from backprop.model import Sequential
-from backprop.step import Gradients
 from backprop.validation import DataSet
 
 DECREASE, CURVATURE = 1e-4, 0.9  # the Wolfe conditions' constants

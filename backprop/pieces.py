@@ -10,7 +10,7 @@ from backprop_kernels.arrays import Array
 from backprop.losses import in_host_memory
 
 if TYPE_CHECKING:
-    from backprop.step import Gradients
+    from backprop.gradients import Gradients
 
 
 class Pieces:

@@ -1,9 +1,9 @@
-"""One training step, captured once and replayed; and its parts for those who want them."""
+"""One training step, captured once and replayed."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from math import isfinite, nan
 from typing import Any, NamedTuple
@@ -19,101 +19,23 @@ from backprop_kernels.errors import (
     LabelError,
     NonFiniteError,
     OptionError,
-    ShapeError,
 )
 from backprop_kernels.precisions import PRECISIONS
 
+from backprop.gradients import Gradients
 from backprop.losses import (
     Loss,
-    as_numbers,
     in_host_memory,
-    options_for_kernel,
     refuse_non_finite,
     resolve_loss,
 )
-from backprop.memory import HOST, Memory, contiguous, expect_one_kind, on_gpu
 from backprop.model import Sequential
 from backprop.muon import Muon, MuonUpdate
 from backprop.optimizers import Optimizer, resolve_optimizer
-from backprop.passes import Plan, Workspace
 from backprop.pieces import Pieces
 from backprop.precision import LossScale, products
 from backprop.queue import PendingLoss, Queue
 from backprop.update import Update
-
-
-class Gradients:
-    """Loss and gradients of a model for batches of up to `batch_size` rows, with their buffers."""
-
-    def __init__(
-        self, model: Sequential, loss: Loss, batch_size: int, seed: int,
-        frozen: Collection[str] = (), backend: Any = None,
-    ) -> None:  # fmt: skip
-        self.model = model
-        self._backend = backend  # where it is not the model's own
-        self.loss = loss
-        self.batch_size = batch_size
-        self.memory = memory = model.memory
-        self.flat = memory.zeros(model.layout.size, model.dtype)
-        self.views = model.layout.views(self.flat)
-        self.seed = seed
-        self.stream = np.array([seed, 0], np.int64)  # of dropout: seed, step
-        self.placed = memory.place(self.stream)  # what the operators read
-        self.value = memory.zeros((), np.dtype(np.float64))
-        self.workspace = Workspace(batch_size, model.dtype, memory)
-        self.frozen = frozenset(frozen)
-        self.plans: dict[int, Plan] = {}  # by batch size: where activations and deltas lie
-
-    def operators(self, batch: int) -> Callable[..., None]:
-        """A function (X, target[, weight]) that runs forward, loss and backward of `batch` rows."""
-        model, loss = self.model, self.loss
-        backend = model.backend if self._backend is None else self._backend
-        plan = Plan(
-            model.layers, model.parameters, model.statistics, backend, self.workspace,
-            batch, self.flat, self.placed, self.frozen,
-        )  # fmt: skip
-        self.plans[batch] = plan
-        options = options_for_kernel(loss, model.out_features)
-        last = plan.passes[-1]
-
-        def run(X: Array, target: Array, weight: Array | None = None) -> None:
-            Z = plan.forward(X)
-            backend.loss(
-                Z, target, loss.name, options, plan.output_activation, weight,
-                out=(self.value, last.dZ, last.db),
-            )  # fmt: skip
-            plan.backward(X)
-
-        return run
-
-    def make_room(self, rows: int) -> None:
-        """Keep buffers for so many rows only; what was captured before is of no use."""
-        self.plans.clear()
-        self.workspace = Workspace(rows, self.model.dtype, self.memory)
-
-    def set_piece(self, piece: int) -> None:
-        """Let dropout draw other masks for each piece of a batch."""
-        self.stream[0] = self.seed + (piece << 32)
-        self.memory.fill(self.placed, self.stream)
-
-    def set_step(self, step: int) -> None:
-        """Let dropout draw the masks of this step."""
-        self.stream[1] = step
-        self.memory.fill(self.placed, self.stream)
-
-    def inputs(self, X: Any, y: Any, sample_weight: Any, where: str, finite: bool) -> list[Array]:
-        """X, target and (if given) weight as the kernels take them."""
-        expect_one_kind(where, X=X, y=y, sample_weight=sample_weight)
-        memory, look = self.model.memory, finite or not on_gpu(y)
-        X = self.model.inputs(X, where, finite)
-        batch = len(X)
-        if not 1 <= batch <= self.batch_size:
-            raise ShapeError(f"{where}: X: expected 1 … {self.batch_size} rows, got {batch}")
-        outputs, dtype = self.model.out_features, self.model.dtype
-        arrays = [X, self.loss.targets(y, batch, outputs, dtype, memory, look)]
-        if sample_weight is not None:
-            arrays.append(weights(sample_weight, batch, where, dtype, memory))
-        return arrays
 
 
 class Accumulated(NamedTuple):
@@ -477,39 +399,3 @@ class TrainStep:
 
 def _kinds(arrays: Iterable[Array]) -> list[tuple[Any, Any]]:
     return [(array.shape, array.dtype) for array in arrays]
-
-
-def value_and_grad(
-    model: Sequential, X: Any, y: Any, loss: str | Loss = "mse", sample_weight: Any = None,
-    seed: int = 0,
-) -> tuple[float, dict[str, Array]]:  # fmt: skip
-    """The loss on (X, y) and its gradient by parameter name; the model is not changed.
-
-    Training mode: dropout is drawn from `seed`, batch norm uses the batch.
-    """
-    checks.integer("value_and_grad", "seed", seed, 0)
-    batch = max(len(X), 1) if hasattr(X, "__len__") else 1
-    gradients = Gradients(model, resolve_loss(loss), batch, seed)
-    inputs = gradients.inputs(X, y, sample_weight, "value_and_grad", finite=True)
-    statistics = {name: value.copy() for name, value in model.statistics.items()}
-    with model.memory as memory:
-        gradients.operators(len(inputs[0]))(*(memory.place(array) for array in inputs))
-    for name, value in statistics.items():
-        model.statistics[name][...] = value
-    found = {name: memory.numpy(g.copy()) for name, g in gradients.views.items()}
-    return float(gradients.value), found
-
-
-def weights(sample_weight: Any, batch: int, where: str, dtype: Any, memory: Memory = HOST) -> Array:
-    """Sample weights as (batch,), finite and ≥ 0."""
-    w = as_numbers(where, "sample_weight", sample_weight, memory)
-    if w.shape != (batch,):
-        raise ShapeError(f"{where}: sample_weight: expected shape ({batch},), got {w.shape}")
-    refuse_non_finite(where, "sample_weight", w)
-    if (w < 0).any():
-        w = in_host_memory(w)
-        row = int(np.argmax(w < 0))
-        raise OptionError(
-            f"{where}: sample_weight: expected weights ≥ 0, got {w[row]} at row {row}"
-        )
-    return contiguous(w, dtype)

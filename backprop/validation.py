@@ -12,10 +12,10 @@ from backprop_kernels.errors import BackpropError, DataError, KindError, OptionE
 
 from backprop.batches import Rows
 from backprop.evaluation import kind_of
+from backprop.gradients import weights
 from backprop.losses import Loss
 from backprop.memory import HOST, Memory, expect_one_kind
 from backprop.model import Sequential
-from backprop.step import weights
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from backprop.batches import Batches
 from backprop.evaluation import kind_of
 from backprop.fit import fit
+from backprop.gradients import weights
 from backprop.history import History
 from backprop.lbfgs import minimize
 from backprop.losses import Loss, resolve_loss
@@ -27,7 +28,7 @@ from backprop.model import MLP
 from backprop.optimizers import Optimizer, resolve_optimizer
 from backprop.schedules import Schedule
 from backprop.sklearn.patience import PatienceOfScikitLearn
-from backprop.step import TrainStep, weights
+from backprop.step import TrainStep
 from backprop.validation import DataSet
 
 SOLVERS = dict.fromkeys(("lbfgs", *(name.lower() for name in OPTIMIZERS)))
