@@ -20,13 +20,13 @@ from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda import launch, rows
 from backprop_kernels.cuda.in_precision import InPrecision
-from backprop_kernels.errors import DataError, LabelError
+from backprop_kernels.errors import LabelError
 from backprop_kernels.optimizers import OPTIMIZERS
 from backprop_kernels.precisions import round_to, widen
 
-import backprop as bp
 from tests.cuda_host import build, cupy_stand_in
 from tests.cuda_host.backend import adapter, backend, installed
+from tests.cuda_host.steps import steps
 
 pytestmark = pytest.mark.skipif(bool(build.problem()), reason=build.problem())
 F32 = np.dtype(np.float32)
@@ -194,36 +194,6 @@ def layer_norm() -> None:
         _, _, mean, rstd = reference.layer_norm_forward(*arguments)
         same("layer_norm_backward", dZ, X, gamma, mean, rstd, np.tanh(saved), "tanh", HALF, None,
              centred, rtol=1e-4, atol=1e-4)  # fmt: skip
-
-
-def steps() -> None:
-    """A refused step among others, with a rate that changes and running statistics."""
-    X, W = normal((300, 6), (6, 3))
-    y, bad = (X @ W).argmax(axis=1), X * F32.type(np.nan)
-    optimizer = bp.Adam(lr=0.01, groups={"layers.1": {"lr_scale": 0.5}})
-    layers = [
-        bp.Linear(6, 300, bias=False),
-        bp.BatchNorm(300, "relu"),
-        bp.Dropout(0.25),
-        bp.Linear(300, 3),
-    ]
-    with installed():
-        model = bp.Sequential(layers, device="cuda", seed=3)
-        step = bp.TrainStep(model, "cross_entropy", optimizer, batch_size=300)
-        twin = bp.Sequential(layers, device="reference", seed=3)
-        other = bp.TrainStep(twin, "cross_entropy", optimizer, batch_size=300)
-        for number, batch in enumerate((X, bad, X + 1, X)):
-            optimizer.lr = 0.01 + number / 100
-            losses = [step(batch, y)]
-            if batch is bad:  # one refused, and one behind it
-                losses.append(step(X - 1, y))
-                for loss in losses:
-                    with pytest.raises(DataError):
-                        float(loss)
-                continue
-            np.testing.assert_allclose(float(losses[0]), other(batch, y), rtol=1e-5)
-        for name, value in twin.state_dict().items():
-            np.testing.assert_allclose(model.state_dict()[name], value, rtol=2e-3, atol=2e-5)
 
 
 def wide_rows() -> None:
