@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from backprop_kernels.cuda import compile as nvrtc
-from backprop_kernels.cuda.compile import OPTIONS, Unit
+from backprop_kernels.cuda.compile import STRICT, Unit
 from backprop_kernels.errors import KernelCompileError
 
 from tests.cuda_host.recorder import Asked
@@ -71,7 +71,7 @@ def problems(job: Job) -> list[str]:
     """What is wrong with the unit as it is compiled, in words; nothing where all is well."""
     unit, entries, arch, disassemble = job
     try:
-        compiled = nvrtc.compile_unit(unit, arch, (*OPTIONS, "--ptxas-options=-v"))
+        compiled = nvrtc.compile_unit(unit, arch, (*STRICT, "--ptxas-options=-v"))
     except KernelCompileError as problem:  # a spill or local memory, too
         return [str(problem)]
     made_of = instructions(compiled.cubin) if disassemble else {}

@@ -18,10 +18,12 @@ from backprop_kernels import machine_code_cache
 from backprop_kernels.errors import DeviceUnavailableError, KernelCompileError
 
 FOLDER = Path(__file__).parent
-# Local memory is a kernel that spills registers or indexes an array it should not: never wanted.
-OPTIONS = (
-    "-std=c++17", "-default-device", "--ptxas-options=-warn-spills",
-    "--ptxas-options=-warn-lmem-usage", "--ptxas-options=-Werror",
+OPTIONS = ("-std=c++17", "-default-device")
+# For the tests: a kernel that spills registers, or indexes an array it should not, is an error. A
+# user's compiler may differ by a register, which must not end a training.
+STRICT = (
+    *OPTIONS, "--ptxas-options=-warn-spills", "--ptxas-options=-warn-lmem-usage",
+    "--ptxas-options=-Werror",
 )  # fmt: skip
 INSTALL = 'pip install "fused-backprop[cuda13]" (or [cuda12] for a CUDA 12 driver)'
 

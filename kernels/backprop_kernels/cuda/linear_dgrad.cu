@@ -11,7 +11,7 @@
 #include "epilogue.cuh"
 #include PRODUCT
 
-extern "C" __global__ void __launch_bounds__(Tile::THREADS)
+extern "C" __global__ void __launch_bounds__(Tile::THREADS, 1)
 linear_dgrad(const stored* dZ, const stored* W, const stored* saved, const real* unscale,
              stored* dZ_prev, real* partial, long long M, long long N, long long K,
              const long long* stream, long long layer, long long threshold, real scale) {

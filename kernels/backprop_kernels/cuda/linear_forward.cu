@@ -8,7 +8,7 @@
 #include "epilogue.cuh"
 #include PRODUCT
 
-extern "C" __global__ void __launch_bounds__(Tile::THREADS)
+extern "C" __global__ void __launch_bounds__(Tile::THREADS, 1)
 linear_forward(const stored* X, const stored* W, const real* b, result* Y, stored* saved, long long M,
                long long N, long long K, const long long* stream, long long layer,
                long long threshold, real scale) {

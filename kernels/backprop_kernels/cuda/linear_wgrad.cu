@@ -9,7 +9,7 @@
 #include "variant.cuh"
 #include PRODUCT
 
-extern "C" __global__ void __launch_bounds__(Tile::THREADS)
+extern "C" __global__ void __launch_bounds__(Tile::THREADS, 1)
 linear_wgrad(const stored* dZ, const stored* X, const real* unscale, real* dW, long long M,
              long long N, long long K, long long rows_per_split) {
     const Corner at = corner<Tile>(blockIdx.x, M, N);
