@@ -223,8 +223,9 @@ def test_partial_fits_are_the_epochs_of_a_fit(first: str, shuffle: bool) -> None
 
 def test_partial_fit_needs_all_classes_at_first_and_may_see_few() -> None:
     model = MLPClassifier(**SMALL)
-    model.partial_fit(X[ids < 2], ids[ids < 2], classes=[0, 1, 2, 3])
+    model.partial_fit(X[ids < 2], ids[ids < 2], classes=[3, 1, 0, 2])
     model.partial_fit(X, ids)
+    assert model.classes_.tolist() == [0, 1, 2, 3]
     assert model.predict_proba(X).shape == (60, 4) and model.t_ == 100
     with pytest.raises(bp.LabelError, match=r"y: expected classes \[0 1 2 3\], got \[7\] too"):
         model.partial_fit(X, np.where(ids == 2, 7, ids))
