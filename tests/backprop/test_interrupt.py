@@ -122,7 +122,8 @@ def test_predict_and_fit_are_stopped() -> None:
     """A fit returns: its model is that of the last whole step."""
     X, y = np.ones((30_000, 1024), np.float32), np.zeros(30_000, np.float32)
     model = bp.MLP([1024, 2048, 2048, 1])
-    model.predict(X[:1])
+    model.predict(X[:512])  # compiled
+    bp.TrainStep(model, batch_size=512)(X[:512], y[:512])
     with pytest.raises(KeyboardInterrupt), interrupted_after(0.3) as sent:
         model.predict(X, batch_size=len(X))
     assert time.process_time() - sent[0] < 1

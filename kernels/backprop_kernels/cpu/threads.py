@@ -25,7 +25,7 @@ from backprop_kernels.errors import OptionError
 TABLE, SYNC, THREADS, RUN, MUST_WAKE, WORKERS = 0, 8, 16, 24, 32, 40
 ORDERED, TAKEN, STATE = 0, 1, 2
 AWAKE, PARKED = 0, 1
-NO_MORE = 2**62  # in a ticket counter: no work is left
+NO_MORE = 2**40  # in a ticket counter: no work is left; times the rows of a piece no overflow
 WAIT_SPINS = 40_000  # ~2 ms: longer than the Python between two steps, shorter than is rude
 
 _lock = threading.Lock()
