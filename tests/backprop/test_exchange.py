@@ -276,3 +276,11 @@ def test_state_dicts_that_are_no_mlp_are_refused() -> None:
             bp.from_torch(state)
     with pytest.raises(bp.OptionError, match="from_torch: activation"):
         bp.from_torch({"0.weight": W}, "rely")
+
+
+def test_a_row_of_another_length_is_no_bias(tmp_path: Path) -> None:
+    node = onnx.helper.make_node
+    nodes = [node("MatMul", ["X", "W"], ["Z"]), node("Add", ["Z", "b"], ["Y"])]
+    tensors = {"W": np.ones((3, 2), np.float32), "b": np.ones(3, np.float32)}
+    with pytest.raises(bp.CheckpointFormatError, match="one activation for all features, got vect"):
+        bp.from_onnx(foreign(nodes, tensors, tmp_path / "m.onnx"))

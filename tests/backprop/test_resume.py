@@ -264,6 +264,19 @@ def test_other_peoples_handlers_are_left_alone(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_sigterm_is_answered_where_there_is_a_checkpoint(tmp_path: Path) -> None:
+    answered: list[bool] = []
+
+    def look() -> None:
+        answered.append(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+
+    for folder in (None, tmp_path):
+        train(folder, "plain", Dies(1, look), epochs=1)
+    assert answered == [False, True]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path: Path) -> None:
     train(tmp_path, "plain", epochs=1)
     assert bits(train(tmp_path, "plain", resume=True)) == bits(train(None, "plain"))
