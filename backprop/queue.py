@@ -19,8 +19,6 @@ from backprop_kernels.arrays import Array
 from backprop.memory import Memory
 from backprop.update import Update
 
-DEPTH = 16  # steps on their way, as cuda/stepping.py has it
-
 
 class PendingLoss(np.lib.mixins.NDArrayOperatorsMixin):
     """The loss of a step that may not be over: `float(loss)` waits for it, and so does arithmetic.
@@ -117,7 +115,7 @@ class Queue:
 
     def run(self, program: Callable[..., None], arrays: Sequence[Array]) -> PendingLoss:
         """Launch a step on `arrays`, of the host or of the device."""
-        if len(self._on_their_way) == DEPTH:
+        if len(self._on_their_way) == self.device.depth:
             self._look()
         self._tell()
         loss = PendingLoss(self.steps + 1, arrays, self._look)

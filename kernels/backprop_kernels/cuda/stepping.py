@@ -41,6 +41,8 @@ class Stepping:
     has its options. statistics are arrays that forward moves before the step is known to be good.
     """
 
+    depth = DEPTH
+
     def __init__(
         self, rule: str, options: Sequence[tuple[float, Mapping[str, Any]]], table: Array,
         first: int, value: Array, norm: Array, stream: Array, statistics: Sequence[Array],
@@ -54,6 +56,7 @@ class Stepping:
         self._options = empty((len(options), 1 + len(_numbers(options[0][1]))), np.float64)
         self._unit = Unit("stepping.cu", _variant(rule, _switches(options[0][1])))
         self._outcomes = pinned((DEPTH, FIELDS), np.dtype(np.float64))
+        self._rates, self._sent = pinned((DEPTH + 1,), np.dtype(np.float64)), 0
         self._there = [cupy().cuda.Event() for _ in range(DEPTH)]
 
     def set_options(self, options: Sequence[tuple[float, Mapping[str, Any]]]) -> None:
@@ -62,7 +65,13 @@ class Stepping:
         self._options.set(np.array(rows, np.float64))
 
     def set_rate(self, rate: float) -> None:
-        self.state[RATE : RATE + 1].set(np.array([rate]))
+        """Not waited for, as a schedule may change it every step."""
+        # Each from a place of its own, until the step that it was for has been looked at.
+        self._sent = (self._sent + 1) % len(self._rates)
+        host = self._rates[self._sent : self._sent + 1]
+        host[...] = rate
+        there = self.state[RATE : RATE + 1].data
+        there.copy_from_host_async(host.ctypes.data, host.nbytes, cupy().cuda.get_current_stream())
 
     def set_steps(self, steps: int) -> None:
         self.state[STEPS : STEPS + 1].set(np.array([steps], np.float64))
