@@ -477,8 +477,9 @@ def test_saved_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert Generations(folder).files()[0].name == f"checkpoint-{saves:06d}.safetensors"
 
 
-def test_on_a_device_of_its_own_memory(tmp_path: Path) -> None:
-    """In the CUDA emulator: moments, averages and half a step travel there and back."""
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_on_a_device_of_its_own_memory(tmp_path: Path, accumulate: int) -> None:
+    """In the CUDA emulator: moments, averages, half a step and its count travel there and back."""
     from tests.cuda_host import build
     from tests.cuda_host.backend import installed
 
@@ -489,7 +490,7 @@ def test_on_a_device_of_its_own_memory(tmp_path: Path) -> None:
         model = bp.MLP([4, 6, 3], dropout=0.2, device="cuda")
         callbacks = [killer] if killer else []
         bp.fit(
-            model, X, ids, "cross_entropy", "Adam", 2, 8, ema=0.9, accumulate=2,
+            model, X, ids, "cross_entropy", "Adam", 2, 8, ema=0.9, accumulate=accumulate,
             callbacks=callbacks, progress=False, **more,
         )  # fmt: skip
         return model.state_dict()
