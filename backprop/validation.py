@@ -91,7 +91,7 @@ def _drawn(fraction: float, labels: Array, rng: np.random.Generator) -> Array:
     classes, of_row, counts = np.unique(labels, return_inverse=True, return_counts=True)
     total = min(max(round(fraction * len(labels)), 1), len(labels) - 1)
     share = fraction * counts
-    take = np.minimum(np.floor(share), counts - 1).astype(np.int64)
+    take = np.floor(share).astype(np.int64)  # below counts: a share is below 1
     # What rounding down left goes to the classes that lost most by it.
     order = np.argsort(take - share, kind="stable")
     while take.sum() < total:
