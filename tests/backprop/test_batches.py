@@ -15,6 +15,8 @@ from backprop_kernels.arrays import Array
 import backprop as bp
 from backprop import batches
 from backprop.batches import Batches, Rows, is_streamed
+from backprop.memory import HOST
+from backprop.resume import SAMPLE_ROWS, digest
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((1003, 6)).astype(np.float32)
@@ -250,3 +252,23 @@ def test_memory_is_bounded() -> None:
         for rows in (100_000, 400_000)
     )  # fmt: skip
     assert many - few < 20e6, (few, many)
+
+
+def test_data_is_known_by_rows_of_all_its_parts() -> None:
+    """In memory or streamed alike; other rows, another order or another type is other data."""
+    few = np.zeros((4, 6))
+    assert len({digest([each], HOST) for each in (few, few.T, few.view(np.int64))}) == 3
+    rows = 5 * SAMPLE_ROWS
+    data = np.arange(3.0 * rows).reshape(rows, 3)
+    known = digest([data], HOST)
+    streamed = Rows(data, lambda part, known: np.ascontiguousarray(part))
+    assert digest([streamed], HOST) == known == digest([np.asfortranarray(data)], HOST)
+    swapped = np.concatenate([data[: rows // 3], data[rows // 3 :][::-1]])
+    others = [data[:-1], data.astype(np.float32), data.reshape(-1, 1), swapped, data + 1e-9]
+    assert len({known, *(digest([other], HOST) for other in others)}) == 1 + len(others)
+    for row in (0, rows // 2, rows - 1):
+        changed = data.copy()
+        changed[max(row - 5, 0) : row + 5] = 0
+        assert digest([changed], HOST) != known, row
+    assert digest([data, data[:, 0]], HOST) != digest([data[:, 0], data], HOST)
+    assert digest([data[:1]], HOST) != digest([data[:0]], HOST)

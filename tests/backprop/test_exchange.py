@@ -91,6 +91,8 @@ def test_onnx_computes_what_predict_does_and_comes_back(activation: str, tmp_pat
         assert read.activation == wanted  # type: ignore[union-attr]
     norms = [layer for layer in back.layers if not isinstance(layer, bp.Linear)]
     assert [norm.eps for norm in norms] == pytest.approx([2**-10, 2**-17, 2**-8], rel=1e-6)
+    (batch_norm,) = [norm for norm in norms if isinstance(norm, bp.BatchNorm)]
+    assert batch_norm.momentum == 0.25
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
