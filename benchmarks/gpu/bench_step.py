@@ -1,9 +1,9 @@
 """A whole training step on a GPU beside the bare products of that step.
 
 `python benchmarks/gpu/bench_step.py`: the products are cuBLAS's in the same precision, in one CUDA
-graph; then our step as a graph replay, our step as called from Python with its loss read back,
-PyTorch eager, and PyTorch compiled, with a CUDA graph; both with fused AdamW, for bf16 under
-autocast. Data is on the device and N(0, 1).
+graph; then our step as a graph replay, as called from Python without a look at its loss, the same on
+arrays of the host, and with its loss read back; PyTorch eager, and PyTorch compiled, with a CUDA
+graph; both with fused AdamW, for bf16 under autocast. Other data is on the device, all N(0, 1).
 """
 
 from __future__ import annotations
