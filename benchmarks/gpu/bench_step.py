@@ -1,7 +1,7 @@
 """A whole training step on a GPU beside the bare products of that step.
 
 `python benchmarks/gpu/bench_step.py`: the products are cuBLAS's in the same precision, in one CUDA
-graph; then our step as a graph replay, as called from Python without a look at its loss, the same on
+graph; then our step as a graph replay, as called from Python without a look at its loss, also on
 arrays of the host, and with its loss read back; PyTorch eager, and PyTorch compiled, with a CUDA
 graph; both with fused AdamW, for bf16 under autocast. Other data is on the device, all N(0, 1).
 """
