@@ -46,7 +46,7 @@ WRONG = {
     "read past the end": ("x[0] = x[64 + threadIdx.x];", "bytes past an array of 256 bytes"),
     "write past the end": ("x[64 + threadIdx.x] = 1;", "bytes past an array of 256 bytes"),
     "write before the start": ("x[-1 - int(threadIdx.x % 2)] = 1;", "wrote before an array of 256"),
-    "read far before the start": ("x[0] = x[-2048];", "bytes before an array of 256 bytes"),
+    "read far before the start": ("x[0] = x[-1024];", "bytes before an array of 256 bytes"),
     "a barrier that not all reach": (
         "if (threadIdx.x < 32) __syncthreads();", "a thread exited before __syncthreads, line 3"
     ),

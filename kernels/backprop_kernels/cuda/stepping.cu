@@ -29,7 +29,7 @@ step_scalars(double* state, const double* value, const double* options, double* 
         const double* o = options + r * options_width;
         scalars(state[STEPS] + 1, state[RATE] * o[0], o + 1, table + r * width + first);
     }
-    if (threadIdx.x == 0) state[GUARD] = state[STOPPED] != 0 ? double(NAN) : value[0];
+    if (threadIdx.x == 0) state[GUARD] = state[STOPPED] != 0 ? nan("") : value[0];
 }
 
 extern "C" __global__ void __launch_bounds__(32)
