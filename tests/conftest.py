@@ -19,6 +19,12 @@ BACKENDS = ("reference", "cpu", "cuda", *GPU)  # "cuda" in the emulator: tests/c
 # What g++ compiles for every operator, the rest is `long`: one that saves nothing, one Y, two Z.
 # test_cuda_code.py has every formula of every table.
 EMULATED = ("identity", "relu", "gelu", "sin")
+# Trainings of 5 to 30 s in the emulator, of kernels that shorter tests hold to the reference.
+SLOW_EMULATED = (
+    "test_input_noise_trains_like_a_penalty_on_the_slope",
+    "test_overfits_32_random_numbers",
+    "test_xor_is_not_learnt_without_the_hidden_layer",
+)
 
 
 def pytest_configure() -> None:
@@ -28,10 +34,12 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as long what would compile one more variant of a kernel for one more activation."""
+    """Mark as long what would compile one more variant of a kernel, or emulates for seconds."""
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        if given.get("backend") == "cuda" and given.get("activation", "relu") not in EMULATED:
+        variant = given.get("backend") == "cuda" and given.get("activation", "relu") not in EMULATED
+        name = getattr(item, "originalname", item.name)
+        if variant or (given.get("device") == "cuda" and name in SLOW_EMULATED):
             item.add_marker(pytest.mark.long)
 
 

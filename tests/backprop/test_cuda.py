@@ -314,9 +314,9 @@ def test_what_cannot_be_cut_is_an_error_that_says_what_was_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     X, y = data()
-    wide = bp.MLP([9, 4096, 3], device="cuda")
+    wide = bp.MLP([9, 1024, 3], device="cuda")
     normed = bp.MLP([9, 64, 3], norm="batch", device="cuda")
-    for model, free in ((normed, 60_000), (wide, 400_000)):
+    for model, free in ((normed, 60_000), (wide, 100_000)):
         step = bp.TrainStep(model, "cross_entropy", "SGD", batch_size=203)
         before = bits(model)
         leave(monkeypatch, free)
