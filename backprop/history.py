@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 from backprop_kernels.errors import DataError
@@ -36,6 +34,9 @@ class History(dict[str, list[float]]):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write JSON."""
+        import json  # here and below, what `import backprop` would wait 7 ms for
+        from pathlib import Path
+
         Path(path).write_text(json.dumps(self, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -44,6 +45,9 @@ class History(dict[str, list[float]]):
 
         Raises DataError for any other content.
         """
+        import json
+        from pathlib import Path
+
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
