@@ -163,13 +163,17 @@ def on_device(where: str, **arrays: Array | None) -> None:
                 f"{where}: {name}: expected a C-contiguous array, got strides {value.strides} for "
                 f"shape {value.shape}; pass cupy.ascontiguousarray({name})"
             )
-        if value.data.ptr % value.dtype.itemsize:
-            raise ShapeError(
-                f"{where}: {name}: expected memory aligned to {value.dtype.itemsize} bytes, got "
-                f"address {value.data.ptr:#x}; pass {name}.copy()"
-            )
+        expect_aligned(where, name, value)
     if len(set(devices.values())) > 1:
         raise KindError(f"{where}: expected arrays of one device, got {devices}")
+
+
+def expect_aligned(where: str, name: str, value: Array) -> None:
+    if value.data.ptr % value.dtype.itemsize:
+        raise ShapeError(
+            f"{where}: {name}: expected memory aligned to {value.dtype.itemsize} bytes, got "
+            f"address {value.data.ptr:#x}; pass {name}.copy()"
+        )
 
 
 def capability(array: Array) -> int:

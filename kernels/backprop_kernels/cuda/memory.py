@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backprop_kernels.arrays import Array
-from backprop_kernels.cuda.launch import cupy, empty, is_array
-from backprop_kernels.errors import KindError, ShapeError
+from backprop_kernels.cuda.launch import cupy, empty, expect_aligned, is_array
+from backprop_kernels.errors import KindError
 
 if TYPE_CHECKING:
     from backprop_kernels.cuda.stepping import Stepping
@@ -43,11 +43,7 @@ class DeviceMemory:
                 f"{where}: {argument}: expected an array on device {self.number}, where the model "
                 f"is, got one on device {value.device.id}; copy it there"
             )
-        if value.data.ptr % value.dtype.itemsize:
-            raise ShapeError(
-                f"{where}: {argument}: expected memory aligned to {value.dtype.itemsize} bytes, "
-                f"got address {value.data.ptr:#x}; pass {argument}.copy()"
-            )
+        expect_aligned(where, argument, value)
         return value
 
     def zeros(self, shape: Any, dtype: Any) -> Array:
