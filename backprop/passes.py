@@ -11,13 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from backprop_kernels import arrays
-from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.activations import saved_beside
 from backprop_kernels.arrays import Array
 
 from backprop.arena import Layout
@@ -216,10 +215,9 @@ class Plan:
             columns = layer.out_features if isinstance(layer, Linear) else layer.features
             # Without gradients two buffers take turns; training keeps every layer's.
             name = str(i) if training else str(len(self.passes) % 2) + f" of {columns}"
-            saves = ACTIVATIONS[activation].saves if training else ""
-            keeps_more = saves == "Z" or (saves == "Y" and dropout is not None)
+            dropped, bits = dropout is not None, getattr(backend, "SAVES_BITS", False)
+            kept = saved_beside(activation, columns, stored, dropped, bits) if training else None
             prefix = layout.prefixes[i]
-            rows = partial(workspace.rows, batch=batch, columns=columns, dtype=stored)
             common: dict[str, Any] = {
                 "backend": backend,
                 "layer": layer,
@@ -230,8 +228,8 @@ class Plan:
                 "d_weight": G.get(f"{prefix}.weight"),
                 "db": G.get(f"{prefix}.bias"),
                 "Y": workspace.rows(f"Y {name}", batch, columns, real if i == last else stored),
-                "kept": rows(f"kept {name}") if keeps_more else None,
-                "dZ": rows(f"dZ {name}") if training else None,
+                "kept": workspace.rows(f"kept {name}", batch, *kept) if kept else None,
+                "dZ": workspace.rows(f"dZ {name}", batch, columns, stored) if training else None,
             }
             if isinstance(layer, Linear):
                 self.passes.append(LinearPass(**common))

@@ -1,8 +1,8 @@
 """Buffers that show what a kernel did wrong to memory.
 
 Each array of a call lies between two canaries; outputs start as poison (0xFF bytes, a NaN that no
-arithmetic makes); inputs are copied beforehand. Half of the arrays start one element past a cache
-line, so a kernel that assumes alignment is caught too.
+arithmetic makes; of words of bits, where that is common, 0x5A); inputs are copied beforehand. Half
+of the arrays start one element past a cache line, so a kernel that assumes alignment is caught too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ import numpy as np
 from backprop_kernels.arrays import Array
 
 CANARY, CANARY_BYTES = 0xA5, 4096
-POISON = 0xFF
+POISON, POISON_OF_BITS = 0xFF, 0x5A
 LINE = 64
+
+
+def poison(dtype: np.dtype) -> int:
+    """The bytes of what nothing has written."""
+    return POISON_OF_BITS if dtype == np.uint32 else POISON
 
 
 def guarded(shape: tuple[int, ...], dtype: np.dtype, layout: str) -> tuple[Array, Array]:
@@ -23,7 +28,7 @@ def guarded(shape: tuple[int, ...], dtype: np.dtype, layout: str) -> tuple[Array
     block = np.full(2 * CANARY_BYTES + size + 2 * LINE, CANARY, np.uint8)
     start = CANARY_BYTES + -(block.ctypes.data + CANARY_BYTES) % LINE
     start += dtype.itemsize if layout == "offset" else 0
-    block[start : start + size] = POISON
+    block[start : start + size] = poison(dtype)
     return block[start : start + size].view(dtype).reshape(shape), block
 
 
@@ -70,7 +75,7 @@ class Guards:
             assert array.tobytes() == before, f"changed input {number}, shape {array.shape}"
         for number, array in enumerate(self.outputs):
             raw = np.frombuffer(array.tobytes(), np.uint8).reshape(-1, array.dtype.itemsize)
-            left = (raw == POISON).all(axis=1).sum()
+            left = (raw == poison(array.dtype)).all(axis=1).sum()
             assert left == 0, f"output {number}, shape {array.shape}: {left} elements not written"
 
     def _place(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:

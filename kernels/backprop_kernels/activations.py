@@ -5,7 +5,8 @@ every backend: with NumPy arrays by `reference/`, as LLVM IR by `cpu/`. So formu
 and `m.<function>` only, choose with `m.where`, and never branch.
 
 `derivative` takes what forward saved: Y where act'(Z) follows from Y without loss (no second
-array is kept then), else Z. At a kink it is PyTorch's choice.
+array is kept then), else Z. At a kink it is PyTorch's choice. Where it has but two values these are
+`slopes`, and a backend may save one bit for each element (`saved_beside`).
 Comparisons are written so that NaN passes through: `where(z <= 0, 0, z)`, not `maximum(z, 0)`.
 """
 
@@ -30,6 +31,7 @@ class Activation:
     init: str  # the initialiser that `auto` picks for the layer below
     forward: Formula
     derivative: Formula
+    slopes: tuple[float, float] | None = None  # flat, steep: all that `derivative` can give
 
 
 def sigmoid(m: Any, z: Any) -> Any:
@@ -83,16 +85,19 @@ ACTIVATIONS: dict[str, Activation] = {
         "max(z, 0)", "Y", "he_uniform",
         lambda m, z: m.where(z <= 0, 0.0, z),
         lambda m, y: m.where(y <= 0, 0.0, 1.0),
+        slopes=(0.0, 1.0),
     ),
     "leaky_relu": Activation(
         "z if z > 0 else 0.01 z", "Y", "he_uniform",
         lambda m, z: m.where(z <= 0, 0.01 * z, z),
         lambda m, y: m.where(y <= 0, 0.01, 1.0),
+        slopes=(0.01, 1.0),
     ),
     "relu6": Activation(
         "min(max(z, 0), 6)", "Y", "he_uniform",
         lambda m, z: m.where(z <= 0, 0.0, m.where(z >= 6, 6.0, z)),
         lambda m, y: m.where(y <= 0, 0.0, m.where(y >= 6, 0.0, 1.0)),
+        slopes=(0.0, 1.0),
     ),
     "elu": Activation(
         "z if z > 0 else exp(z) − 1", "Y", "he_uniform",
@@ -155,12 +160,14 @@ ACTIVATIONS: dict[str, Activation] = {
         "min(max(z, −1), 1)", "Y", "glorot_uniform",
         lambda m, z: m.where(z <= -1, -1.0, m.where(z >= 1, 1.0, z)),
         lambda m, y: m.where(y <= -1, 0.0, m.where(y >= 1, 0.0, 1.0)),
+        slopes=(0.0, 1.0),
     ),
     # Saves Z: z/6 + 1/2 rounds to the kinks before z reaches them.
     "hardsigmoid": Activation(
         "min(max(z/6 + 1/2, 0), 1)", "Z", "glorot_uniform",
         lambda m, z: m.where(z <= -3, 0.0, m.where(z >= 3, 1.0, z * (1 / 6) + 0.5)),
         lambda m, z: m.where(z <= -3, 0.0, m.where(z >= 3, 0.0, 1 / 6)),
+        slopes=(0.0, 1 / 6),
     ),
     "hardswish": Activation(
         "z hardsigmoid(z)", "Z", "he_uniform",
@@ -185,23 +192,45 @@ ACTIVATIONS: dict[str, Activation] = {
 }  # fmt: skip
 
 
+WORD = 32  # bits are saved in words of uint32, column j in bit j % 32; a row starts with a word
+
+
+def saved_as_bits(activation: str, bits: bool) -> bool:
+    """Whether what is saved is a bit for each element, set where the slope is the steep one.
+
+    `bits`: whether the backend saves any.
+    """
+    return bits and ACTIVATIONS[activation].slopes is not None
+
+
+def saved_beside(
+    activation: str, columns: int, dtype: Any, dropped: bool, bits: bool
+) -> tuple[int, Any] | None:
+    """(columns, dtype) of the array that forward writes for backward, where Y is not enough."""
+    if saved_as_bits(activation, bits):
+        return -(-columns // WORD), "uint32"
+    saves = ACTIVATIONS[activation].saves
+    return (columns, dtype) if saves == "Z" or (saves == "Y" and dropped) else None
+
+
 def saved_output(
     Y: Array,
     kept: Array | None,
     activation: str,
     dropout: Dropout | None,
     empty: Callable[[tuple[int, ...], Any], Array] | None,
+    bits: bool = False,
 ) -> tuple[Array | None, Array | None]:
     """(what the caller gets as `saved`, what the kernel writes besides Y).
 
     `kept` is the caller's array for it; without one, `empty(shape, dtype)` makes it, if given.
     """
-    saves = ACTIVATIONS[activation].saves
+    if not ACTIVATIONS[activation].saves:
+        return None, None
     dropped = dropout is not None and dropout.rate > 0
-    if saves == "" or kept is Y:
-        return (Y if saves else None), None
-    if kept is None and saves == "Y" and not dropped:
+    beside = saved_beside(activation, Y.shape[1], Y.dtype, dropped, bits)
+    if kept is Y or (kept is None and beside is None):
         return Y, None
-    if kept is None and empty is not None:
-        kept = empty(Y.shape, Y.dtype)
+    if kept is None and empty is not None and beside is not None:
+        kept = empty((len(Y), beside[0]), beside[1])
     return kept, kept

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.activations import ACTIVATIONS, WORD, saved_as_bits
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.errors import KindError, LabelError, OptionError, ShapeError
 from backprop_kernels.losses import LOSSES
@@ -139,6 +139,7 @@ def linear_forward(
     dropout: Dropout | None,
     out: Any,
     precision: str | None = None,
+    bits: bool = False,
 ) -> None:
     where = "linear_forward"
     stored, real = _operands(where, precision, X=X, W=W)
@@ -151,7 +152,18 @@ def linear_forward(
     shape = (("batch", batch), ("out_features", out_features))
     Y = out[0] if out else None
     as_sums = Y is not None and getattr(Y, "dtype", None) == real  # of the last layer, for the loss
-    _outputs(where, out, {"Y": (shape, real if as_sums else stored), "saved": (shape, stored)})
+    saved = _saved(batch, ("out_features", out_features), stored, activation, bits)
+    _outputs(where, out, {"Y": (shape, real if as_sums else stored), "saved": saved})
+
+
+def _saved(
+    rows: int, columns: tuple[str, int], dtype: Any, activation: str, bits: bool
+) -> tuple[tuple[Any, ...], Any]:
+    """Shape and dtype of what forward saves, in a backend that saves `bits` or in another."""
+    if saved_as_bits(activation, bits):
+        words = f"{columns[0]} / {WORD} bits", -(-columns[1] // WORD)
+        return (("batch", rows), words), np.dtype(np.uint32)
+    return (("batch", rows), columns), dtype
 
 
 def below(
@@ -162,6 +174,7 @@ def below(
     saved: Array | None,
     activation: str,
     dropout: Dropout | None,
+    bits: bool,
 ) -> None:
     """The arguments that describe the layer below, shared by every backward pass."""
     _epilogue(where, activation, dropout)
@@ -170,7 +183,8 @@ def below(
             raise KindError(
                 f"{where}: saved: expected what {activation}'s forward pass saved, got None"
             )
-        array(where, "saved", saved, (("batch", rows), ("in_features", columns)), dtype)
+        shape, dtype = _saved(rows, ("in_features", columns), dtype, activation, bits)
+        array(where, "saved", saved, shape, dtype)
 
 
 def linear_dgrad(
@@ -181,13 +195,14 @@ def linear_dgrad(
     dropout: Dropout | None,
     out: Any,
     precision: str | None = None,
+    bits: bool = False,
 ) -> None:
     where = "linear_dgrad"
     stored, real = _operands(where, precision, dZ=dZ, W=W)
     batch, out_features = dZ.shape
     in_features = W.shape[1]
     array(where, "W", W, (("out_features", out_features), "in_features"), stored)
-    below(where, batch, in_features, stored, saved, activation, dropout)
+    below(where, batch, in_features, stored, saved, activation, dropout, bits)
     shape = (("batch", batch), ("in_features", in_features))
     _outputs(where, out, {"dZ_prev": (shape, stored), "db_prev": (shape[1:], real)})
 
@@ -313,6 +328,7 @@ def norm_forward(
     dropout: Dropout | None,
     out: Any,
     statistics: int,
+    bits: bool = False,
     **running: Array,
 ) -> None:
     """Both norms; `statistics` is the axis length of mean and rstd: features, or batch."""
@@ -326,7 +342,7 @@ def norm_forward(
     shape = (("batch", X.shape[0]), *features)
     per = (("statistics", statistics),)
     _outputs(where, out, {
-        "Y": (shape, X.dtype), "saved": (shape, X.dtype),
+        "Y": (shape, X.dtype), "saved": _saved(len(X), features[0], X.dtype, activation, bits),
         "mean": (per, X.dtype), "rstd": (per, X.dtype),
     })  # fmt: skip
 
@@ -343,6 +359,7 @@ def norm_backward(
     dropout: Dropout | None,
     out: Any,
     statistics: int,
+    bits: bool = False,
 ) -> None:
     floating(where, "dZ", dZ, 2)
     shape = (("batch", dZ.shape[0]), ("features", dZ.shape[1]))
@@ -350,7 +367,7 @@ def norm_backward(
     array(where, "gamma", gamma, shape[1:], dZ.dtype)
     for name, value in (("mean", mean), ("rstd", rstd)):
         array(where, name, value, (("statistics", statistics),), dZ.dtype)
-    below(where, dZ.shape[0], dZ.shape[1], dZ.dtype, saved, activation, dropout)
+    below(where, dZ.shape[0], dZ.shape[1], dZ.dtype, saved, activation, dropout, bits)
     _outputs(where, out, {
         "dZ_prev": (shape, dZ.dtype), "db_prev": (shape[1:], dZ.dtype),
         "dgamma": (shape[1:], dZ.dtype),

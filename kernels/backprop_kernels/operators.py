@@ -36,7 +36,7 @@ OPERATORS: tuple[Operator, ...] = (
         formula="Y = dropout(act(X Wᵀ + b))",
         shapes="X(n,i) W(o,i) b(o) → Y(n,o)",
         fused="bias, activation, dropout",
-        saves="Y or Z, as the activation table says",
+        saves="Y or Z, as the activation table says; on a GPU a bit, where act' has two values",
     ),
     Operator(
         name="linear_dgrad",
@@ -76,7 +76,7 @@ OPERATORS: tuple[Operator, ...] = (
         formula="Y = dropout(act(gamma (X − mean_n) rstd_n + beta)), statistics over the batch",
         shapes="X(n,f) gamma(f) beta(f) → Y(n,f) mean(f) rstd(f)",
         fused="activation, dropout; backward: the layer below, as in linear_dgrad",
-        saves="mean, rstd; Y or Z, as the activation table says",
+        saves="mean, rstd; what linear_forward saves",
     ),
     Operator(
         name="layer_norm",
@@ -85,6 +85,6 @@ OPERATORS: tuple[Operator, ...] = (
         "not centred: mean_f = 0",
         shapes="X(n,f) gamma(f) beta(f) → Y(n,f) mean(n) rstd(n)",
         fused="activation, dropout; backward: the layer below, as in linear_dgrad",
-        saves="mean, rstd; Y or Z, as the activation table says",
+        saves="mean, rstd; what linear_forward saves",
     ),
 )

@@ -11,6 +11,7 @@ import pytest
 from backprop_kernels.arrays import Array
 
 import backprop as bp
+from backprop.passes import Plan, Workspace
 from tests.cuda_host import build, memory
 from tests.cuda_host.backend import installed
 from tests.cuda_host.cupy_stand_in import Device
@@ -31,10 +32,10 @@ def data(rows: int = 203, classes: int = 3) -> tuple[Array, Array]:
 
 
 def curve(
-    device: str, dtype: str, epochs: int = 3, **options: object
+    device: str, dtype: str, epochs: int = 3, activation: str = "gelu", **options: object
 ) -> tuple[list[float], dict[str, Array]]:
     X, y = data()
-    model = bp.MLP([9, 33, 17, 3], activation="gelu", dtype=dtype, device=device, seed=1,
+    model = bp.MLP([9, 33, 17, 3], activation=activation, dtype=dtype, device=device, seed=1,
                    **options)  # fmt: skip
     history = bp.fit(
         model, X, y, loss="cross_entropy", optimizer=bp.AdamW(lr=3e-3), epochs=epochs,
@@ -54,6 +55,26 @@ def test_curve_and_weights_are_those_of_the_cpu(dtype: np.dtype, norm: str | Non
     assert cpu[2] < cpu[0]
     for name, value in cpu_state.items():
         np.testing.assert_allclose(cuda_state[name], value, rtol=0, atol=64 * bound, err_msg=name)
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_activations_that_save_a_bit_train_as_on_the_cpu(norm: str | None) -> None:
+    options = {"activation": "leaky_relu", "dropout": 0.1, "norm": norm}
+    for cuda, cpu in zip(curve("cuda", "float64", **options)[0],
+                         curve("reference", "float64", **options)[0], strict=True):  # fmt: skip
+        assert abs(cuda / cpu - 1) < 1e-12
+
+
+def test_where_act_has_two_slopes_a_bit_is_kept() -> None:
+    layers = [bp.Linear(3, 70, "relu"), bp.Dropout(0.5), bp.Linear(70, 9, "tanh"), bp.Linear(9, 1)]
+    for device, expected in (("cuda", ((4, 3), "uint32")), ("reference", ((4, 70), "float32"))):
+        model = bp.Sequential(layers, device=device)
+        P = model.parameters
+        room = Workspace(4, P.dtype, model.memory)
+        plan = Plan(layers, P, {}, model.backend, room, 4, P, model.memory.zeros(2, np.int64))
+        first, second, last = plan.passes
+        assert first.kept is not None and (first.kept.shape, first.kept.dtype) == expected
+        assert second.kept is last.kept is None
 
 
 def test_the_same_seed_gives_the_same_bits(dtype: np.dtype) -> None:

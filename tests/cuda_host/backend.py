@@ -144,6 +144,7 @@ def adapter(place: Place, module: Any = cuda, *more: str) -> SimpleNamespace:
     return SimpleNamespace(
         __name__="backprop_kernels.cuda",
         __all__=cuda.__all__,
+        SAVES_BITS=cuda.SAVES_BITS,
         capture=_capture(place),
         place=place,
         module=module,

@@ -62,10 +62,12 @@ def on_tensor_cores(unit: Unit) -> bool:
 
 def expected(unit: Unit) -> set[str]:
     """Instructions that a product must have."""
+    votes = "using kept = u32" in unit.variant and unit.file == "linear_forward.cu"
+    bits = {"VOTE"} if votes else set()
     if not on_tensor_cores(unit):
-        return {MULTIPLIES[real(unit)]}
+        return {MULTIPLIES[real(unit)]} | bits
     by_element = "using operand = tf32" in unit.variant and unit.file == "linear_wgrad.cu"
-    return {"HMMA", "LDGSTS"} | (set() if by_element else {"LDSM"})
+    return {"HMMA", "LDGSTS"} | bits | (set() if by_element else {"LDSM"})
 
 
 def problems(job: Job) -> list[str]:

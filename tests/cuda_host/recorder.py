@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backprop_kernels import cuda
-from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.activations import ACTIVATIONS, saved_beside
 from backprop_kernels.arrays import Dropout
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda.compile import Unit
@@ -107,10 +107,11 @@ def products(
         drop = Dropout(0.5, _empty(np.dtype(np.int64), 2), 1)
         for rows, columns in sizes:
             A, B = _empty(stored, rows, 3), _empty(stored, columns, 3)
-            Z, b = _empty(stored, rows, columns), _empty(real, columns)
+            b = _empty(real, columns)
             for activation in activations:
                 backend.linear_forward(A, B, b, activation, drop)
-                backend.linear_dgrad(A, _empty(stored, 3, columns), Z, activation, drop)
+                saved = _saved(stored, activation, rows, columns)
+                backend.linear_dgrad(A, _empty(stored, 3, columns), saved, activation, drop)
             backend.linear_forward(A, B, out=(_empty(real, rows, columns), None))
             backend.linear_wgrad(_empty(stored, 3, rows), _empty(stored, 3, columns))
         backend.cast(_empty(real, 8), _empty(stored, 8))
@@ -126,25 +127,31 @@ def _empty(dtype: np.dtype, *shape: int) -> Any:
     return stand_in.empty(shape, dtype)
 
 
+def _saved(dtype: np.dtype, activation: str, rows: int, columns: int) -> Any:
+    kept = saved_beside(activation, columns, dtype, True, cuda.SAVES_BITS)
+    return None if kept is None else _empty(np.dtype(kept[1]), rows, kept[0])
+
+
 def _layers(dtype: np.dtype, activation: str) -> None:
     stream = _empty(np.dtype(np.int64), 2)
     for batch in (8, 8192):  # small tiles, large tiles
         X, W, b = _empty(dtype, batch, 4), _empty(dtype, 3, 4), _empty(dtype, 3)
         drop = Dropout(0.5, stream, 1)
         cuda.linear_forward(X, W, b, activation, drop)
-        cuda.linear_dgrad(_empty(dtype, batch, 3), W, _empty(dtype, batch, 4), activation, drop)
+        saved = _saved(dtype, activation, batch, 4)
+        cuda.linear_dgrad(_empty(dtype, batch, 3), W, saved, activation, drop)
     for columns in (4, 100, 5000):
         X, vector = _empty(dtype, 8, columns), _empty(dtype, columns)
-        row = _empty(dtype, 8)
+        row, saved = _empty(dtype, 8), _saved(dtype, activation, 8, columns)
         cuda.layer_norm_forward(X, vector, vector, 1e-5, activation, drop)
-        cuda.layer_norm_backward(X, X, vector, row, row, X, activation, drop)
+        cuda.layer_norm_backward(X, X, vector, row, row, saved, activation, drop)
         cuda.batch_norm_forward(
             X, vector, vector, vector, vector, True, 0.1, 1e-5, activation, drop
         )
         cuda.batch_norm_forward(
             X, vector, vector, vector, vector, False, 0.1, 1e-5, activation, drop
         )
-        cuda.batch_norm_backward(X, X, vector, vector, vector, X, activation, drop)
+        cuda.batch_norm_backward(X, X, vector, vector, vector, saved, activation, drop)
 
 
 def _loss(dtype: np.dtype, name: str, activation: str) -> None:

@@ -47,6 +47,22 @@ def test_derivative_is_the_complex_step_of_forward(name: str) -> None:
     assert (np.abs(exact - oracles.ACTIVATIONS[name][1](z)) <= 1e-13 * (1 + np.abs(exact))).all()
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_two_slopes_are_all_of_a_derivative(name: str) -> None:
+    """Those of the table, told apart by Y and by Z alike; where it names none there are more."""
+    row = ACTIVATIONS[name]
+    z = np.concatenate([points(), [-6.0, -3.0, -1.0, -0.0, 0.0, 1.0, 3.0, 6.0, np.inf, -np.inf]])
+    if row.slopes is None:
+        assert not row.saves or len(np.unique(row.derivative(array_math, points()))) > 2
+        return
+    assert row.slopes[0] != row.slopes[1]
+    slope = row.derivative(array_math, z)
+    assert set(slope) == set(row.slopes)
+    if row.saves == "Y":
+        assert np.array_equal(row.derivative(array_math, row.forward(array_math, z)), slope)
+    assert row.derivative(array_math, np.array([np.nan])) == row.slopes[1]
+
+
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "softplus", "silu", "squareplus", "exp"])
 def test_derivative_from_saved_y_keeps_its_digits_in_the_left_tail(name: str) -> None:
     z = -np.geomspace(1e-3, 15, 50)

@@ -102,7 +102,7 @@ CASES: list[Case] = [
         "linear_dgrad: saved: expected what relu's forward pass saved, got None",
     ),
     (
-        lambda k: k.linear_dgrad(f(2, 4), f(4, 3), f(2, 4), "relu"),
+        lambda k: k.linear_dgrad(f(2, 4), f(4, 3), f(2, 4), "tanh"),
         ShapeError,
         "linear_dgrad: saved: expected shape (batch=2, in_features=3), got (2, 4)",
     ),

@@ -21,7 +21,7 @@ from tests.cuda_host import recorder
 from tests.cuda_host.machine_code import NEEDS_NVRTC, Job, all_problems, problems, real
 from tests.cuda_host.recorder import Asked, Record
 
-WIDEST = ("identity", "gelu", "sin")  # of the activations: the least and the most registers
+WIDEST = ("identity", "relu", "gelu", "sin")  # activations: the least and the most registers, bits
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
 pytestmark = NEEDS_NVRTC
@@ -48,6 +48,14 @@ def test_representative_kernels_compile_as_they_are_launched() -> None:
         )
     ]
     assert len(chosen) > 30
+    assert not all_problems(chosen)
+
+
+def test_bits_are_saved_by_a_vote() -> None:
+    record = recorder.products("bf16", ("relu",), recorder.EACH_TILE[:1])
+    forward = {u: asked for u, asked in record.items() if "using kept = u32" in u.variant}
+    chosen = list(jobs(forward, "sm_90", lambda u: u.file == "linear_forward.cu"))
+    assert len(chosen) == 2
     assert not all_problems(chosen)
 
 

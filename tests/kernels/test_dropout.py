@@ -11,6 +11,7 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.reference.philox import keep_mask, philox
 
+from tests import saved as kept
 from tests.guarded import Guards
 
 SHAPES = ((1, 1), (1, 3), (3, 1), (5, 7), (17, 33), (64, 64), (13, 129))
@@ -50,11 +51,13 @@ def test_mask_is_philox_of_seed_step_layer_and_element() -> None:
 def forward_mask(backend: ModuleType, dtype: np.dtype, shape: tuple[int, int], d: Dropout) -> Array:
     """Y of a layer whose every Z is 1."""
     guards = Guards()
-    Y, saved = guards.output(shape, dtype), guards.output(shape, dtype)
+    Y = guards.output(shape, dtype)
+    saved = kept.output(guards, backend, "relu", shape, dtype)
     X, W = np.ones((shape[0], 1), dtype), np.ones((shape[1], 1), dtype)
     backend.linear_forward(guards.input(X), guards.input(W), None, "relu", d, out=(Y, saved))
     guards.check()
-    assert (saved == 1).all()  # what backward differentiates comes before dropout
+    # What backward differentiates comes before dropout.
+    assert np.array_equal(saved, kept.as_kept(backend, "relu", np.ones(shape, dtype)))
     return Y
 
 
@@ -72,9 +75,9 @@ def test_forward_drops_what_the_reference_drops(
 
 def test_element_at_the_threshold_is_kept(backend: ModuleType, dtype: np.dtype) -> None:
     word = int(philox(np.array([0, 0, 3, 2], np.uint64)[:, None], (5, 0))[0, 0])
-    for above, kept in ((0, True), (1, False)):
+    for above, stays in ((0, True), (1, False)):
         d = Dropout((word + above) / 2**32, stream(5, 3), 2)
-        assert bool(forward_mask(backend, dtype, (1, 1), d)[0, 0]) == kept
+        assert bool(forward_mask(backend, dtype, (1, 1), d)[0, 0]) == stays
 
 
 def test_rate_zero_drops_nothing_and_scales_nothing(backend: ModuleType, dtype: np.dtype) -> None:

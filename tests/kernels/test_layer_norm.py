@@ -10,6 +10,7 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array
 
 from tests import oracles
+from tests import saved as kept
 from tests.guarded import Guards
 from tests.tolerances import (
     FORMULA,
@@ -37,10 +38,9 @@ def forward(
 ) -> tuple[Array, Array | None, Array, Array]:  # fmt: skip
     """The operator on guarded arrays."""
     guards = Guards(phase)
-    saves = ACTIVATIONS[activation].saves
     out = (
         guards.output(X.shape, X.dtype),
-        guards.output(X.shape, X.dtype) if saves else None,
+        kept.output(guards, backend, activation, X.shape, X.dtype),
         guards.output(X.shape[:1], X.dtype),
         guards.output(X.shape[:1], X.dtype),
     )
@@ -59,7 +59,8 @@ def backward(backend: ModuleType, *arrays: Array | None, activation: str = "iden
         guards.output(dZ.shape[1:], dZ.dtype),
         guards.output(dZ.shape[1:], dZ.dtype),
     )
-    backend.layer_norm_backward(*(guards.input(a) for a in arrays), activation, None, out=out)
+    taken = kept.arguments(backend, "layer_norm_backward", (*arrays, activation))[:-1]
+    backend.layer_norm_backward(*map(guards.input, taken), activation, None, out=out)
     guards.check()
     return out
 
@@ -97,10 +98,7 @@ def test_activation_follows_the_norm(backend: ModuleType, dtype: np.dtype, activ
     error = FORMULA * unit(dtype) * (1 + np.abs(wide))
     bound = activation_bound(wide, error, act(wide), np.abs(slope(wide)), dtype)
     assert_within(Y, act(wide), bound, activation)
-    if ACTIVATIONS[activation].saves == "Z":
-        assert_within(saved, wide, error, "saved Z")
-    elif ACTIVATIONS[activation].saves == "Y":
-        assert saved is not None and np.array_equal(saved, Y)
+    kept.assert_saved(backend, activation, saved, Y, wide, error)
 
 
 def check_backward(backend: ModuleType, shape: tuple[int, int], dtype: np.dtype, act: str) -> None:

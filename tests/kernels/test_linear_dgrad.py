@@ -9,6 +9,7 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array
 
 from tests import oracles
+from tests import saved as kept
 from tests.guarded import Guards
 from tests.inputs import LONG_SIZES, OPERANDS, SIZES, exact_dtype, integers, operands, shapes
 from tests.tolerances import assert_within, derivative_bound, sum_bound
@@ -26,13 +27,14 @@ def dgrad(
     backend: ModuleType, dZ: Array, W: Array, saved: Array | None = None,
     activation: str = "identity", phase: int = 0,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """The operator on guarded arrays."""
+    """The operator on guarded arrays; `saved` is the Y or Z of the table."""
     guards = Guards(phase)
     shape = (len(dZ), W.shape[1])
     out = guards.output(shape, dZ.dtype), guards.output(shape[1:], dZ.dtype)
     got = backend.linear_dgrad(
-        guards.input(dZ), guards.input(W), guards.input(saved), activation, None, out=out
-    )
+        *map(guards.input, (dZ, W, kept.as_kept(backend, activation, saved))),
+        activation, None, out=out,
+    )  # fmt: skip
     guards.check()
     assert got[0] is out[0] and got[1] is out[1]
     return out

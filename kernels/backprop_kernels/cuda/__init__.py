@@ -6,6 +6,7 @@ arrays of float32 or float64. Importing it loads neither CuPy nor NVRTC.
 """
 
 from backprop_kernels.cuda.batch_norm import batch_norm_backward, batch_norm_forward
+from backprop_kernels.cuda.epilogue import SAVES_BITS as SAVES_BITS
 from backprop_kernels.cuda.gather_rows import gather_rows
 from backprop_kernels.cuda.launch import capture
 from backprop_kernels.cuda.layer_norm import layer_norm_backward, layer_norm_forward

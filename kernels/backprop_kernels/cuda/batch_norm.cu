@@ -1,7 +1,8 @@
 // batch_norm: statistics over the batch.  docs/derivations.md#batch_norm
 //
 // X (rows, columns), gamma, beta (columns); backward: dZ, the layer below's `saved`    read
-// Y, saved (rows, columns), mean, rstd (columns); dZ_prev, partial (blocks, columns)   written
+// Y, dZ_prev (rows, columns), mean, rstd (columns), partial (blocks, columns)          written
+// saved: as epilogue.cuh has it, or null                                               written
 // running_mean, running_var (columns)                                          read and written
 // Fused: activation and dropout forward; the layer below backward.
 // Sums over the batch go by blocks of rows_per_block rows, then over the blocks in order. A variance
@@ -58,15 +59,16 @@ batch_norm_running(const real* running_mean, const real* running_var, real* mean
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 batch_norm_forward(const real* X, const real* gamma, const real* beta, const real* mean,
-                   const real* rstd, real* Y, real* saved, long long rows, long long columns,
+                   const real* rstd, real* Y, kept* saved, long long rows, long long columns,
                    long long rows_per_block, long long across, const long long* stream,
                    long long layer, long long threshold, real scale) {
     const long long first = blockIdx.x * rows_per_block, last = min(first + rows_per_block, rows);
     KeepMask keep(stream, layer, threshold);
-    each(first, last, columns, int(across), [&](long long i, long long j) {
+    each(first, last, columns, int(across), [&](long long i, long long j, bool inside) {
         const long long e = i * columns + j;
-        const real z = (X[e] - mean[j]) * rstd[j] * gamma[j] + beta[j];
-        Y[e] = forward_epilogue(z, e, saved, keep, scale);
+        const real z = inside ? (X[e] - mean[j]) * rstd[j] * gamma[j] + beta[j] : real(0);
+        const real y = forward_epilogue(z, i, j, columns, inside, saved, keep, scale);
+        if (inside) Y[e] = y;
     });
 }
 
@@ -86,7 +88,7 @@ batch_norm_products(const real* dZ, const real* X, const real* mean, const real*
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 batch_norm_backward(const real* dZ, const real* X, const real* gamma, const real* mean,
-                    const real* rstd, const real* dbeta, const real* dgamma, const real* saved,
+                    const real* rstd, const real* dbeta, const real* dgamma, const kept* saved,
                     real* dZ_prev, real* partial, long long rows, long long columns,
                     long long rows_per_block, long long across, const long long* stream,
                     long long layer, long long threshold, real scale) {
@@ -99,7 +101,7 @@ batch_norm_backward(const real* dZ, const real* X, const real* gamma, const real
         const long long e = i * columns + j;
         const real x_hat = (X[e] - mean[j]) * rstd[j];
         const real d = dZ[e] - dbeta[j] * share - x_hat * (dgamma[j] * share);
-        const real g = backward_epilogue(gamma[j] * rstd[j] * d, e, saved, keep, scale);
+        const real g = backward_epilogue(gamma[j] * rstd[j] * d, i, j, columns, saved, keep, scale);
         dZ_prev[e] = g;
         return g;
     });

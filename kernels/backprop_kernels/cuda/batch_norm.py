@@ -9,7 +9,7 @@ from backprop_kernels import checks
 from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.epilogue import column_sums, dropout_arguments, variant
+from backprop_kernels.cuda.epilogue import SAVES_BITS, column_sums, dropout_arguments, variant
 from backprop_kernels.cuda.launch import empty, launch, on_device
 from backprop_kernels.cuda.rows import THREADS, division
 
@@ -34,7 +34,7 @@ def batch_norm_forward(
     """
     checks.norm_forward(
         "batch_norm_forward", X, gamma, beta, activation, dropout, out, X.shape[1],
-        running_mean=running_mean, running_var=running_var,
+        SAVES_BITS, running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
     Y, kept, mean, rstd = out or (None, None, None, None)
     on_device(
@@ -45,7 +45,7 @@ def batch_norm_forward(
     Y = empty(X.shape, X.dtype) if Y is None else Y
     mean = empty((columns,), X.dtype) if mean is None else mean
     rstd = empty((columns,), X.dtype) if rstd is None else rstd
-    saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty)
+    saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty, SAVES_BITS)
     if not columns:
         return Y, saved, mean, rstd
 
@@ -86,8 +86,9 @@ def batch_norm_backward(
 ) -> tuple[Array, Array | None, Array | None]:
     """dZ (batch, features), the layer below → dZ_prev, db_prev, dgamma (dbeta is dZ's own db)."""
     checks.norm_backward(
-        "batch_norm_backward", dZ, X, gamma, mean, rstd, saved, activation, dropout, out, X.shape[1]
-    )
+        "batch_norm_backward", dZ, X, gamma, mean, rstd, saved, activation, dropout, out,
+        X.shape[1], SAVES_BITS,
+    )  # fmt: skip
     rows, columns = X.shape
     dZ_prev, db_prev, dgamma = out or (None, empty((columns,), X.dtype), None)
     on_device(

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.activations import ACTIVATIONS, saved_as_bits
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda import code
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.launch import launch
 
-SAVES = {"": 0, "Y": 1, "Z": 2}  # as epilogue.cuh names them
+SAVES, SAVED_AS_BITS = {"": 0, "Y": 1, "Z": 2}, 3  # as epilogue.cuh numbers them
+SAVES_BITS = True  # for activations with two slopes; in other backends they save Y or Z
 SUM_THREADS = 256
 
 
@@ -21,12 +22,16 @@ SUM_THREADS = 256
 def variant(dtype: Any, activation: str, types: tuple[str, ...] = ()) -> str:
     """The text of variant.cuh for epilogue.cuh; `types` as in code.variant."""
     act = ACTIVATIONS[activation]
+    bits = saved_as_bits(activation, SAVES_BITS)
+    flat, steep = act.slopes or (0.0, 0.0)
     return code.variant(
         dtype,
         code.function("activation", ["z"], lambda z: act.forward(code, z)),
         code.function("derivative", ["saved"], lambda saved: act.derivative(code, saved)),
+        f"constexpr real FLAT = real({flat!r}), STEEP = real({steep!r});\n"
+        f"using kept = {'u32' if bits else 'stored'};\n",
         types=types,
-        SAVES=SAVES[act.saves],
+        SAVES=SAVED_AS_BITS if bits else SAVES[act.saves],
     )
 
 

@@ -1,7 +1,7 @@
 // layer_norm: statistics over the features of each row.  docs/derivations.md#layer_norm
 //
 // X (rows, columns), gamma, beta (columns); backward: dZ, the layer below's `saved`    read
-// Y, saved (rows, columns), mean, rstd (rows); dZ_prev (rows, columns)                 written
+// Y, dZ_prev (rows, columns), mean, rstd (rows); saved: as in epilogue.cuh, or null    written
 // products, partial (blocks, columns): of dgamma and db_prev; partial may be null      written
 // Fused: activation and dropout forward; the layer below backward.
 // A row belongs to a team of TEAM threads: a warp, or for wide rows a block. Not `centred`, the mean
@@ -14,7 +14,7 @@
 static DEVICE real team_sum(real x) { return TEAM == WARP ? lane_sum(x) : block_sum(x); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-layer_norm_forward(const real* X, const real* gamma, const real* beta, real* Y, real* saved,
+layer_norm_forward(const real* X, const real* gamma, const real* beta, real* Y, kept* saved,
                    real* mean, real* rstd, long long rows, long long columns, real eps,
                    long long centred, const long long* stream, long long layer,
                    long long threshold, real scale) {
@@ -33,9 +33,11 @@ layer_norm_forward(const real* X, const real* gamma, const real* beta, real* Y, 
     }
     const real narrow = real(1) / sqrt(team_sum(square) / width + eps);
     KeepMask keep(stream, layer, threshold);
-    for (long long j = lane; j < columns; j += TEAM) {
-        const real z = (X[e + j] - middle) * narrow * gamma[j] + beta[j];
-        Y[e + j] = forward_epilogue(z, e + j, saved, keep, scale);
+    for (long long j = lane; j / WARP * WARP < columns; j += TEAM) {  // whole warps
+        const bool inside = j < columns;
+        const real z = inside ? (X[e + j] - middle) * narrow * gamma[j] + beta[j] : real(0);
+        const real y = forward_epilogue(z, i, j, columns, inside, saved, keep, scale);
+        if (inside) Y[e + j] = y;
     }
     if (lane == 0) {
         mean[i] = middle;
@@ -45,7 +47,7 @@ layer_norm_forward(const real* X, const real* gamma, const real* beta, real* Y, 
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 layer_norm_backward(const real* dZ, const real* X, const real* gamma, const real* mean,
-                    const real* rstd, const real* saved, real* dZ_prev, real* products,
+                    const real* rstd, const kept* saved, real* dZ_prev, real* products,
                     real* partial, long long rows, long long columns,
                     long long rows_per_block, long long across, long long centred,
                     const long long* stream, long long layer, long long threshold,
@@ -68,7 +70,7 @@ layer_norm_backward(const real* dZ, const real* X, const real* gamma, const real
         for (long long j = lane; j < columns; j += TEAM) {
             const real x_hat = (X[e + j] - mean[i]) * rstd[i];
             const real g = rstd[i] * (dZ[e + j] * gamma[j] - shift - x_hat * slope);
-            dZ_prev[e + j] = backward_epilogue(g, e + j, saved, keep, scale);
+            dZ_prev[e + j] = backward_epilogue(g, i, j, columns, saved, keep, scale);
         }
     }
     column_partials(first, last, columns, int(across), products + blockIdx.x * columns,

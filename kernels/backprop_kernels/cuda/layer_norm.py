@@ -9,7 +9,7 @@ from backprop_kernels import checks
 from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.epilogue import column_sums, dropout_arguments, variant
+from backprop_kernels.cuda.epilogue import SAVES_BITS, column_sums, dropout_arguments, variant
 from backprop_kernels.cuda.launch import empty, launch, on_device
 from backprop_kernels.cuda.rows import THREADS, WARP, division
 
@@ -30,7 +30,9 @@ def layer_norm_forward(
 
     Not `centred`, it is RMS norm: the mean is taken as 0, so that rstd = 1/√(mean X² + eps).
     """
-    checks.norm_forward("layer_norm_forward", X, gamma, beta, activation, dropout, out, len(X))
+    checks.norm_forward(
+        "layer_norm_forward", X, gamma, beta, activation, dropout, out, len(X), SAVES_BITS
+    )
     Y, kept, mean, rstd = out or (None, None, None, None)
     on_device(
         "layer_norm_forward", X=X, gamma=gamma, beta=beta, out_Y=Y, out_saved=kept, out_mean=mean,
@@ -40,7 +42,7 @@ def layer_norm_forward(
     Y = empty(X.shape, X.dtype) if Y is None else Y
     mean = empty((rows,), X.dtype) if mean is None else mean
     rstd = empty((rows,), X.dtype) if rstd is None else rstd
-    saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty)
+    saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty, SAVES_BITS)
     if rows:
         team = _team(columns)
         launch(
@@ -65,8 +67,9 @@ def layer_norm_backward(
 ) -> tuple[Array, Array | None, Array | None]:
     """dZ (batch, features), the layer below → dZ_prev, db_prev, dgamma (dbeta is dZ's own db)."""
     checks.norm_backward(
-        "layer_norm_backward", dZ, X, gamma, mean, rstd, saved, activation, dropout, out, len(X)
-    )
+        "layer_norm_backward", dZ, X, gamma, mean, rstd, saved, activation, dropout, out,
+        len(X), SAVES_BITS,
+    )  # fmt: skip
     rows, columns = X.shape
     dZ_prev, db_prev, dgamma = out or (None, empty((columns,), X.dtype), None)
     on_device(

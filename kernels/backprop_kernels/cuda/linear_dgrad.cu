@@ -1,7 +1,7 @@
 // linear_dgrad: dZ_prev = (dZ W) ⊙ act'(Z_prev) ⊙ mask_prev.  docs/derivations.md#linear_dgrad
 //
 // dZ (batch, out_features), W (out_features, in_features)                            read
-// saved (batch, in_features): what the layer below kept, or null                     read
+// saved: what the layer below kept, as epilogue.cuh has it, or null                  read
 // unscale () or null: makes true sums of a dZ that is multiplied by the loss scale   read
 // dZ_prev (batch, in_features), partial (row tiles, in_features) or null             written
 // Fused: the layer below's dropout mask and activation derivative; partial column sums of dZ_prev,
@@ -12,7 +12,7 @@
 #include PRODUCT
 
 extern "C" __global__ void __launch_bounds__(Tile::THREADS, 1)
-linear_dgrad(const stored* dZ, const stored* W, const stored* saved, const real* unscale,
+linear_dgrad(const stored* dZ, const stored* W, const kept* saved, const real* unscale,
              stored* dZ_prev, real* partial, long long M, long long N, long long K,
              const long long* stream, long long layer, long long threshold, real scale) {
     const Corner at = corner<Tile>(blockIdx.x, M, N);
@@ -21,7 +21,8 @@ linear_dgrad(const stored* dZ, const stored* W, const stored* saved, const real*
     KeepMask keep(stream, layer, threshold);
     real column_sum = real(0);
     for_each(sums, M, N, at, [&](long long m, long long n, real sum) {
-        const real d = backward_epilogue(sum, m * N + n, saved, keep, scale);
+        if (n >= N) return;
+        const real d = backward_epilogue(sum, m, n, N, saved, keep, scale);
         dZ_prev[m * N + n] = stored(d);
         column_sum += d;
     });

@@ -8,7 +8,7 @@ from __future__ import annotations
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.epilogue import column_sums, dropout_arguments, variant
+from backprop_kernels.cuda.epilogue import SAVES_BITS, column_sums, dropout_arguments, variant
 from backprop_kernels.cuda.launch import capability, empty, launch, on_device
 from backprop_kernels.cuda.tiles import choose
 
@@ -32,7 +32,7 @@ def dgrad(
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """`linear_dgrad` in a precision, or dZ's own. dZ and dZ_prev may be multiplied by a scale:
     `unscale` is its inverse, on the device, and db_prev is the true one."""
-    checks.linear_dgrad(dZ, W, saved, activation, dropout, out, precision)
+    checks.linear_dgrad(dZ, W, saved, activation, dropout, out, precision, SAVES_BITS)
     (batch, out_features), in_features = dZ.shape, W.shape[1]
     choice = choose(
         "linear_dgrad", batch, in_features, out_features, precision or str(dZ.dtype),

@@ -9,7 +9,7 @@ from backprop_kernels import checks
 from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.epilogue import dropout_arguments, variant
+from backprop_kernels.cuda.epilogue import SAVES_BITS, dropout_arguments, variant
 from backprop_kernels.cuda.launch import capability, empty, launch, on_device
 from backprop_kernels.cuda.tiles import choose
 
@@ -22,7 +22,7 @@ def linear_forward(
     dropout: Dropout | None = None,
     out: tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array | None]:
-    """X (batch, in), W (out, in), b (out) → Y (batch, out) and what backward needs (Y, Z, None)."""
+    """X (batch, in), W (out, in), b (out) → Y (batch, out), and what backward needs or None."""
     return forward(None, X, W, b, activation, dropout, out)
 
 
@@ -32,13 +32,13 @@ def forward(
     out: tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """`linear_forward` in a precision, or X's own. Y may be `stored` or, given as such, `real`."""
-    checks.linear_forward(X, W, b, activation, dropout, out, precision)
+    checks.linear_forward(X, W, b, activation, dropout, out, precision, SAVES_BITS)
     Y, kept = out or (None, None)
     on_device("linear_forward", X=X, W=W, b=b, out_Y=Y, out_saved=kept)
     (batch, in_features), out_features = X.shape, len(W)
     if Y is None:
         Y = empty((batch, out_features), X.dtype)
-    saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty)
+    saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty, SAVES_BITS)
     if Y.size:
         choice = choose(
             "linear_forward", batch, out_features, in_features, precision or str(X.dtype),

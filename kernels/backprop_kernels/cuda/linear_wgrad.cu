@@ -18,6 +18,7 @@ linear_wgrad(const stored* dZ, const stored* X, const real* unscale, real* dW, l
     multiply<true, true>(dZ, M, X, N, M, N, at, k0, k_end, sums);
     const real factor = unscale ? *unscale : real(1);
     real* slice = dW + blockIdx.y * M * N;
-    for_each(sums, M, N, at,
-             [&](long long m, long long n, real sum) { slice[m * N + n] = sum * factor; });
+    for_each(sums, M, N, at, [&](long long m, long long n, real sum) {
+        if (n < N) slice[m * N + n] = sum * factor;
+    });
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from backprop_kernels.activations import ACTIVATIONS
+from backprop_kernels.activations import ACTIVATIONS, WORD
 from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.errors import OptionError
 from backprop_kernels.reference import array_math as m
 from backprop_kernels.reference.philox import keep_mask
 
@@ -21,6 +22,19 @@ def epilogue(
     if dropout is not None and dropout.rate > 0:
         A = np.where(keep_mask(Z.shape, dropout), A * Z.dtype.type(1 / (1 - dropout.rate)), 0)
     return write(Y, A), None if keep is None else write(saved, keep)
+
+
+def as_bits(saved: Array, activation: str) -> Array:
+    """What a backend that saves bits keeps in place of `saved`: uint32 (rows, words)."""
+    act = ACTIVATIONS[activation]
+    if act.slopes is None:
+        raise OptionError(f"as_bits: activation: expected one with two slopes, got {activation!r}")
+    with np.errstate(invalid="ignore"):
+        steep = act.derivative(m, saved) != act.slopes[0]
+    rows, columns = saved.shape
+    bits = np.zeros((rows, -(-columns // WORD) * WORD), bool)
+    bits[:, :columns] = steep
+    return np.packbits(bits, axis=1, bitorder="little").view("<u4")
 
 
 def through_layer_below(

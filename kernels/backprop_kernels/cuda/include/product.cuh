@@ -102,7 +102,8 @@ static DEVICE void multiply(const real* A, long long lda, const real* B, long lo
 }
 
 // Call element(m, n, sum) for every element of the tile that lies in C, neighbouring threads on
-// neighbouring columns. A thread sees one column only: `threadIdx.x % Tile::N` of the tile.
+// neighbouring columns. A thread sees one column only: `threadIdx.x % Tile::N` of the tile. Whole
+// warps call it, so that n may be N or more.
 // The sums go by shared memory a few rows at a time, so that `element` is compiled once.
 template <class Element>
 static DEVICE void for_each(const Sums& sums, long long M, long long N, Corner corner, Element element) {
@@ -121,7 +122,7 @@ static DEVICE void for_each(const Sums& sums, long long M, long long N, Corner c
 #pragma unroll 1
         for (int down = threadIdx.x / Tile::N; down < Tile::DOWN; down += Tile::THREADS / Tile::N) {
             const long long m = corner.m + Tile::row(i, down), n = corner.n + column;
-            if (m < M && n < N) element(m, n, s_rows[down][column]);
+            if (m < M) element(m, n, s_rows[down][column]);
         }
         __syncthreads();
     }

@@ -32,12 +32,13 @@ static DEVICE double array_sum(const double* terms, long long count) {
     return block_sum(sum);
 }
 
-// f(i, j) for the rows first ... last - 1 of all columns, `across` threads side by side in a row.
+// f(i, j, inside) for the rows first ... last - 1 of all columns, `across` threads side by side in a
+// row. Whole warps call it, also beyond the last row or column: not `inside` then.
 template <class F>
 DEVICE void each(long long first, long long last, long long columns, int across, F f) {
     const int x = threadIdx.x % across, y = threadIdx.x / across, down = THREADS / across;
-    for (long long j = x; j < columns; j += across)
-        for (long long i = first + y; i < last; i += down) f(i, j);
+    for (long long j = 0; j < columns; j += across)
+        for (long long i = first; i < last; i += down) f(i + y, j + x, i + y < last && j + x < columns);
 }
 
 // sums[j] = the sum of f(i, j) over those rows. Every f has been called, and every sum is there for

@@ -148,8 +148,8 @@ static DEVICE void multiply(const stored* A, long long lda, const stored* B, lon
     }
 }
 
-// As in product.cuh: element(m, n, sum) for every element of the tile that lies in C, by threads
-// that keep their column. Sums go by shared memory, 16 rows of each warp at a time.
+// As in product.cuh: element(m, n, sum) for every element of the tile that lies in C, by whole warps
+// whose threads keep their column. Sums go by shared memory, 16 rows of each warp at a time.
 template <class Element>
 static DEVICE void for_each(const Sums& sums, long long M, long long N, Corner corner, Element element) {
     constexpr int STRIDE = Tile::N + 8;  // 8: four rows of a fragment lie in different banks
@@ -176,7 +176,7 @@ static DEVICE void for_each(const Sums& sums, long long M, long long N, Corner c
 #pragma unroll 1
         for (int row = threadIdx.x / Tile::N; row < Tile::DOWN * 16; row += Tile::THREADS / Tile::N) {
             const long long m = corner.m + (row / 16 * Tile::ROWS + i) * 16 + row % 16, n = corner.n + column;
-            if (m < M && n < N) element(m, n, s_rows[row * STRIDE + column]);
+            if (m < M) element(m, n, s_rows[row * STRIDE + column]);
         }
     }
 }
