@@ -74,8 +74,9 @@ def fit(
         accumulate: make a step of the gradients of this many batches.
         input_noise: standard deviation of Gaussian noise on X, drawn anew for every batch.
         ema: decay of an average of the parameters, which the model then holds after each epoch.
-        precision: of the products, in training and evaluation: the model's dtype, or "tf32",
-            "bf16", "fp16" for a float32 model on a GPU. Sums, parameters and update stay float32.
+        precision: of the products, in training and evaluation: the model's dtype, or for a float32
+            model on a GPU "tf32", "bf16", "fp16", "bf16x3" or "bf16x6". Sums, parameters and update
+            stay float32.
         callbacks: functions of (epoch, history), called after each epoch; one that returns True
             ends the training. Or objects: see `Callback`.
         checkpoint: a folder to save the fit in after every epoch, or a `Checkpoint`.

@@ -30,9 +30,10 @@ def products(model: Sequential, precision: str | None, where: str) -> Any:
     checks.choice(where, "precision", precision, PRECISIONS)
     row = PRECISIONS[precision]
     if not row.tensor_cores or own != row.real:
+        low = ", ".join(f'"{r.name}"' for r in PRECISIONS.values() if r.tensor_cores)
         raise OptionError(
             f'{where}: precision: expected "{own}", the dtype of the model'
-            + (', or one that sums in it ("tf32", "bf16", "fp16")' if own == "float32" else "")
+            + (f", or one that sums in it ({low})" if own == "float32" else "")
             + f', got "{precision}"; make the model with dtype="{row.real}"'
         )
     if not model.device.startswith("cuda"):

@@ -63,8 +63,8 @@ class TrainStep:
         seed: of dropout.
         accumulate: how many batches make one step. Their gradients are added as those of one batch
             of all their rows would be; `flush` makes a step of fewer.
-        precision: of the products: the model's dtype, or "tf32", "bf16", "fp16" for a float32 model
-            on a GPU. Sums, parameters and the update stay float32.
+        precision: of the products: the model's dtype, or for a float32 model on a GPU "tf32",
+            "bf16", "fp16", "bf16x3" or "bf16x6". Sums, parameters and the update stay float32.
 
     Raises NonFiniteError when loss or gradient is not finite (DataError where X is the cause); the
     parameters, moments and running statistics are then those of the step before. On a GPU it is

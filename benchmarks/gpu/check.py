@@ -59,7 +59,7 @@ def checks(cupy: Any, sizes: tuple[int, int, int], few: bool) -> Iterator[Check]
             yield f"loss {loss} {dtype}", lambda d=dtype, n=loss: losses(cupy, sizes, d, n)
         for rule in OPTIMIZERS:
             yield f"update {rule} {dtype}", lambda d=dtype, r=rule: updated(cupy, d, r)
-    for precision in ("bf16", "fp16", "tf32"):
+    for precision in ("bf16", "fp16", "tf32", "bf16x3", "bf16x6"):
         yield f"whole products {precision}", lambda p=precision: in_precision(cupy, sizes, p, few)
     yield "same bits", lambda: repeated(cupy, sizes, 3 if few else REPEATS)
     yield "a wrong class id", lambda: wrong_class(cupy)

@@ -25,6 +25,7 @@ class Precision(NamedTuple):
     )
     tensor_cores: bool
     loss_scaling: bool  # the deltas are multiplied by a power of two, lest they vanish
+    products: int = 1  # of 16-bit numbers that make one product of operands
 
 
 PRECISIONS = {
@@ -35,6 +36,8 @@ PRECISIONS = {
         Precision("tf32", "float32", "float32", 11, 2.0**-136, True, False),
         Precision("bf16", "float32", "uint16", 8, 2.0**-133, True, False),
         Precision("fp16", "float32", "float16", 11, 2.0**-24, True, True),
+        Precision("bf16x3", "float32", "float32", 16, 2.0**-133, True, False, 3),
+        Precision("bf16x6", "float32", "float32", 24, 2.0**-133, True, False, 6),
     )
 }
 

@@ -17,7 +17,7 @@ from backprop.precision import LARGEST, LossScale
 from tests.cuda_host import build
 from tests.cuda_host.backend import installed
 
-LOW = ["bf16", "fp16", pytest.param("tf32", marks=pytest.mark.long)]
+LOW = ["bf16", "fp16", *(pytest.param(p, marks=pytest.mark.long) for p in ("tf32", "bf16x3"))]
 SIZES = [9, 33, 17, 3]
 
 
@@ -149,9 +149,10 @@ REFUSED = {
     'precision: expected "float64", the dtype of the model, got "fp16"; make the model with '
     'dtype="float32"': lambda: bp.TrainStep(mlp("cpu", dtype="float64"), "mse", precision="fp16"),
     'precision: expected "float32", the dtype of the model, or one that sums in it ("tf32", '
-    '"bf16", "fp16"), got "float64"; make the model with dtype="float64"':
+    '"bf16", "fp16", "bf16x3", "bf16x6"), got "float64"; make the model with dtype="float64"':
     lambda: bp.fit(mlp("cpu"), *data(), loss="cross_entropy", precision="float64"),
-    "TrainStep: precision: expected one of float64, float32, tf32, bf16, fp16; got 'int8'":
+    "TrainStep: precision: expected one of float64, float32, tf32, bf16, fp16, bf16x3, "
+    "bf16x6; got 'int8'":
     lambda: bp.TrainStep(mlp("cpu"), "mse", precision="int8"),
 }  # fmt: skip
 

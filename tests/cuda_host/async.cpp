@@ -48,12 +48,6 @@ float element_128(uintptr_t base, unsigned row, unsigned k) {
     return from_bf16(*reinterpret_cast<const unsigned short*>(at));
 }
 
-float from_bits(unsigned bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
 }  // namespace
 
 bool bulk_copies_pending() { return !bulk_copies.empty(); }
@@ -185,6 +179,17 @@ unsigned short to_bf16(float x) {
     memcpy(&bits, &x, 4);
     if (x != x) return 0x7fff;
     return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+unsigned short to_finite_bf16(float x) {
+    const unsigned short bits = to_bf16(x);
+    return (bits & 0x7fff) == 0x7f80 ? static_cast<unsigned short>(bits - 1) : bits;
+}
+
+float from_bits(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
 }
 
 float from_bf16(unsigned bits) { return from_bits(bits << 16); }

@@ -76,6 +76,8 @@ void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, int kee
 void commit_products(int line);
 void wait_products(size_t pending, int line);
 unsigned short to_bf16(float x);
+unsigned short to_finite_bf16(float x);
+float from_bits(unsigned bits);
 float from_bf16(unsigned bits);
 unsigned short to_fp16(float x);
 float from_fp16(unsigned bits);

@@ -66,7 +66,7 @@ def expected(unit: Unit) -> set[str]:
     bits = {"VOTE"} if votes else set()
     if not on_tensor_cores(unit):
         return {MULTIPLIES[real(unit)]} | bits
-    by_element = "using operand = tf32" in unit.variant and unit.file == "linear_wgrad.cu"
+    by_element = "using stored = real" in unit.variant and unit.file == "linear_wgrad.cu"
     return {"HMMA", "LDGSTS"} | bits | (set() if by_element else {"LDSM"})
 
 

@@ -7,6 +7,13 @@ extern "C" __global__ void round_to_bf16(const float* x, unsigned short* y, long
     for (long long i = threadIdx.x; i < count; i += 32) y[i] = to_bf16(x[i]);
 }
 
+extern "C" __global__ void pairs_of_bf16(const float* x, u32* pairs, u32* finite, long long count) {
+    for (long long i = threadIdx.x; i < count; i += 32) {
+        pairs[i] = to_bf16_pair(x[2 * i], x[2 * i + 1]);
+        finite[i] = to_finite_bf16_pair(x[2 * i], x[2 * i + 1]);
+    }
+}
+
 // To float16 and to tf32, and the 16 bits back as either of their kinds.
 extern "C" __global__ void conversions(const float* x, unsigned short* half, u32* tf32, float* from_half,
                                        float* from_brain, long long count) {

@@ -269,6 +269,31 @@ def tf32_products() -> None:
     tensor_products("tf32")
 
 
+def planes() -> None:
+    """Whole numbers of 24 bits by small ones, their sums within float32's bound."""
+    for precision, digits in (("bf16x6", 24), ("bf16x3", 16)):
+        rng = np.random.default_rng(1)
+        for batch, inside, outside in ((70, 40, 24), (45, 37, 13)):
+            X, W, dZ = (
+                rng.integers(-(2**24), 2**24, shape).astype(F32)
+                for shape in ((batch, inside), (outside, inside), (batch, outside))
+            )
+            got = [
+                mixed(precision).linear_forward(X, W)[0], mixed(precision).linear_wgrad(dZ, X),
+                mixed(precision).linear_dgrad(dZ, W)[0],
+            ]  # fmt: skip
+            for C, (A, B) in zip(got, ((X, W.T), (dZ.T, X), (dZ, W)), strict=True):
+                true, size = A.astype(float) @ B, np.abs(A).astype(float) @ np.abs(B)
+                assert (np.abs(C - true) <= 4 * 2.0**-digits * size).all()
+
+
+def largest_numbers() -> None:
+    """Their first plane must not be infinite."""
+    X = np.array([[np.finfo(F32).max, 0.0]], F32)
+    Y, _ = mixed("bf16x6").linear_forward(X, np.eye(2, dtype=F32))
+    np.testing.assert_array_equal(Y, X)
+
+
 def fp16_numbers() -> None:
     """Above a half the last place is rounded up, of operands and of what is stored."""
     X = np.array([[1 + 2.0**-11 + 2.0**-20, 3.0]], F32)
@@ -415,8 +440,27 @@ MUTANTS = [
     Mutant("cast.cu", "values[i] * by", "values[i] / by", loss_scale),
     Mutant("cast.cu", "i < size;", "i <= size;", loss_scale),
     Mutant("floats.cuh", "bits(to_fp16(x))", "bits(to_bf16(x))", fp16_numbers),
-    Mutant("floats.cuh", "return to_tf32(x)", "return x", fp16_numbers),
+    Mutant("floats.cuh", "to_tf32(from[0][i])", "from[0][i]", fp16_numbers),
     Mutant("floats.cuh", "mma_fp16(d, a, b)", "mma_bf16(d, a, b)", fp16_numbers),
+    *(Mutant("floats.cuh", old, new, check) for old, new, check in (
+        ("low -= from_bf16(planes[p][i] & 0xffff)", "low = 0.0f", planes),
+        ("high -= from_bf16(planes[p][i] >> 16)", "high += from_bf16(planes[p][i] >> 16)", planes),
+        ("low -= from_bf16(planes[p][i] & 0xffff)", "low -= from_bf16(planes[p][i] >> 16)", planes),
+        ("OF_B ? i % 2 : i / 2", "i / 2", planes),
+        ("OF_B ? i / 2 * 2 : i % 2", "i % 2", planes),
+        ("OF_B ? 1 : 2)", "1)", planes),
+        ("p + 1 < COUNT ? to_finite_bf16_pair(low, high) : to_bf16_pair(low, high)",
+         "to_bf16_pair(low, high)", largest_numbers),
+    )),
+    *(Mutant("tensor_product.cuh", old, new, planes) for old, new in (
+        ("order = operand::PLANES - 1; order >= 0", "order = 0; order >= 0"),
+        ("int p = 0; p <= order", "int p = 1; p <= order"),
+        ("int p = 0; p <= order", "int p = 0; p < order + (order == 0)"),
+        ("b[order - p][2 * half + 1]}", "b[p][2 * half + 1]}"),
+        ("multiply_add(sum, a[i][p], side)", "multiply_add(sum, a[i][0], side)"),
+        ("[e] += parts[i][e]", "[e] = parts[i][e]"),
+        ("step * operand::FRAGMENTS + p", "step + p * 0"),
+    )),
     *(Mutant("tensor_product.cuh", old, new, check) for old, new, check in (
         ("copy_async_wait<Tile::STAGES - 2>", "copy_async_wait<Tile::STAGES - 1>",
          tensor_products),
@@ -431,13 +475,12 @@ MUTANTS = [
         ("e * EVERY < below && j < wide", "e * EVERY < below", tensor_products),
         ("sizeof(stored)) % 16 == 0", "sizeof(stored)) % 2 == 0", tensor_products),
         ("lower(matrix) * 8 + lane % 8", "lower(matrix) * 8 + lane % 4", tensor_products),
-        ("step * 2 + later(matrix)", "later(matrix)", tensor_products),
-        ("step * 16 + later(matrix) * 8", "step * 16 + lower(matrix) * 8", tensor_products),
+        ("part * 2 + later(matrix)", "later(matrix)", tensor_products),
+        ("part * 16 + later(matrix) * 8", "part * 16 + lower(matrix) * 8", tensor_products),
         ("first / 8 + lower(matrix)", "first / 8", tensor_products),
         ("OF_B ? matrix / 2 : matrix % 2", "matrix % 2", tensor_products),
         ("OF_B ? matrix % 2 : matrix / 2", "matrix % 2", tensor_products),
-        ("{b[0], b[1]}, right[2] = {b[2], b[3]}", "{b[0], b[2]}, right[2] = {b[1], b[3]}",
-         tensor_products),
+        ("{b[order - p][2 * half],", "{b[order - p][half],", tensor_products),
         ("later(i) * 4 + lane % 4", "lower(i) * 4 + lane % 4", tf32_products),
         ("m % 4 * 4", "m % 2 * 4", tf32_products),
         ("now = now + 1 == Tile::STAGES ? 0 : now + 1", "now ^= 1", tensor_products),

@@ -73,6 +73,22 @@ def test_rounding_to_bf16(cupy: Any) -> None:
     assert np.array_equal(y[~np.isnan(x)], nearest[~np.isnan(x)])
 
 
+def test_rounding_in_pairs(cupy: Any) -> None:
+    """The same numbers as one by one; or finite ones, where those would be infinite."""
+    bits = RNG.integers(0, 2**32, 4096, np.uint64).astype(np.uint32)
+    special = [0x7F7F7FFF, 0x7F7F8000, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x80000000, 1, 0]
+    x = np.concatenate([bits, np.array(special, np.uint32)]).view(np.float32)
+    _, single = run(cupy, "round_to_bf16", x, np.zeros(len(x), np.uint16), len(x))
+    empty = np.zeros(len(x) // 2, np.uint32)
+    _, pairs, finite = run(cupy, "pairs_of_bf16", x, empty, empty.copy(), len(empty))
+    number = ~np.isnan(x)
+    assert np.array_equal(pairs.view(np.uint16)[number], single[number])
+    most = np.where(single & 0x7FFF == 0x7F80, single - 1, single)
+    assert np.array_equal(finite.view(np.uint16)[number], most[number])
+    for got in (pairs, finite):
+        assert (got.view(np.uint16)[~number] & 0x7FFF > 0x7F80).all()
+
+
 def test_rounding_to_fp16_and_tf32(cupy: Any) -> None:
     bits = RNG.integers(0, 2**32, 4096, np.uint64).astype(np.uint32)
     # Halfway between neighbours, below the smallest, at the largest, beyond it.

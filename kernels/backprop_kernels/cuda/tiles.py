@@ -50,6 +50,8 @@ AMPERE = (
     _ampere("large", 128, 128, 64, 64, 4),
     _ampere("small", 64, 64, 32, 32, 4),
 )
+# Where an operand is several factors, a warp has registers for half the sums.
+PLANES = _ampere("halved", 128, 128, 64, 32, 4), AMPERE[-1]
 # What lies in memory, and what is multiplied: the C++ types of floats.cuh.
 NUMBERS = {
     "float32": ("real", "real"),
@@ -57,6 +59,8 @@ NUMBERS = {
     "tf32": ("real", "tf32"),
     "bf16": ("bf16", "bf16"),
     "fp16": ("fp16", "fp16"),
+    "bf16x3": ("real", "bf16_planes<2>"),
+    "bf16x6": ("real", "bf16_planes<3>"),
 }
 TILES = {
     "float32": (_simt("large", 128, 128, 8, 8, 8), SMALL),
@@ -64,6 +68,8 @@ TILES = {
     "tf32": AMPERE,
     "bf16": AMPERE,
     "fp16": AMPERE,
+    "bf16x3": PLANES,
+    "bf16x6": PLANES,
 }
 ENOUGH_BLOCKS = 64  # fewer would leave multiprocessors of a large GPU without work
 

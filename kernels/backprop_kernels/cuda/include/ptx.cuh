@@ -42,6 +42,36 @@ DEVICE float from_bf16(unsigned short bits) {
 #endif
 }
 
+// Two of them, `low` in the lower half.
+DEVICE u32 to_bf16_pair(float low, float high) {
+#ifdef __CUDACC__
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return to_bf16(low) | u32(to_bf16(high)) << 16;
+#endif
+}
+
+// The same, but the largest finite number where that would be infinite.
+DEVICE u32 to_finite_bf16_pair(float low, float high) {
+#ifdef __CUDACC__
+    u32 pair;
+    asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return host::to_finite_bf16(low) | u32(host::to_finite_bf16(high)) << 16;
+#endif
+}
+
+DEVICE float as_float(u32 bits) {
+#ifdef __CUDACC__
+    return __uint_as_float(bits);
+#else
+    return host::from_bits(bits);
+#endif
+}
+
 // The float16 nearest to x, ties to even; infinite beyond 65504.
 DEVICE unsigned short to_fp16(float x) {
 #ifdef __CUDACC__

@@ -22,7 +22,7 @@ using Tile = WarpTile<TILE>;
 
 constexpr int CHUNK = 16 / sizeof(stored);    // elements that are copied at once
 constexpr int STRIP_K = 64 / sizeof(stored);  // length of a strip
-constexpr int STEPS = 2;                      // of 32 bytes of K, which is what one mma multiplies
+constexpr int STEPS = 2 / operand::FRAGMENTS;  // of 32 or 64 bytes of K, which one mma multiplies
 
 // A strip of A or B in shared memory: SIZE rows of K, or with BY_K as many rows of SIZE as K has
 // elements; in chunks of 16 bytes. A chunk's place in its row is crossed with the row's number, so
@@ -69,31 +69,66 @@ template <int SIZE, bool BY_K> struct Strip {
     // The 16 rows (or columns of C) at `first` by 32 bytes of K, as four matrices of 8 rows by 16 bytes.
     // mma takes of A first both halves of the rows, of B first both halves of K: registers that it
     // takes together lie side by side.
-    template <bool OF_B> static DEVICE void fragment(u32 (&r)[4], const unsigned char* strip, int first, int step) {
+    template <bool OF_B> static DEVICE void fragment(u32 (&r)[4], const unsigned char* strip, int first, int part) {
         const auto lower = [](int matrix) { return OF_B ? matrix / 2 : matrix % 2; };  // half of the rows
         const auto later = [](int matrix) { return OF_B ? matrix % 2 : matrix / 2; };  // half of K
         const int lane = threadIdx.x % 32, matrix = lane / 8;
         if constexpr (!BY_K) {
             const int row = first + lower(matrix) * 8 + lane % 8;
-            ldmatrix_x4(r, shared_address(strip + place(row, step * 2 + later(matrix))));
+            ldmatrix_x4(r, shared_address(strip + place(row, part * 2 + later(matrix))));
         } else if constexpr (sizeof(stored) == 2) {
-            const int k = step * 16 + later(matrix) * 8 + lane % 8;
+            const int k = part * 16 + later(matrix) * 8 + lane % 8;
             ldmatrix_x4_transposed(r, shared_address(strip + place(k, first / 8 + lower(matrix))));
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int k = step * 8 + later(i) * 4 + lane % 4, m = first + lower(i) * 8 + lane / 4;
+                const int k = part * 8 + later(i) * 4 + lane % 4, m = first + lower(i) * 8 + lane / 4;
                 r[i] = *reinterpret_cast<const u32*>(strip + place(k, m / 4) + m % 4 * 4);
             }
         }
+    }
+
+    // The same rows by what one mma multiplies, ready for it.
+    template <bool OF_B>
+    static DEVICE void factors(u32 (&planes)[operand::PLANES][4], const unsigned char* strip, int first, int step) {
+        u32 parts[operand::FRAGMENTS][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) r[i] = operand::ready(r[i]);
+        for (int p = 0; p < operand::FRAGMENTS; ++p)
+            fragment<OF_B>(parts[p], strip, first, step * operand::FRAGMENTS + p);
+        operand::template ready<OF_B>(planes, parts);
     }
 };
 
 struct Sums {
     float at[Tile::ROWS][Tile::COLUMNS * 2][4];  // pieces of 16 x 8, as mma gives them
 };
+
+// What one step adds to this warp's pieces in column `j`. With planes, the product of plane p of A and
+// plane q of B is left out where p + q >= PLANES: so small is what the planes themselves leave over.
+// Tensor cores cut digits off their sums; so these are short, begin with the smallest products, and
+// join the long sum by ordinary addition, which rounds.
+static DEVICE void add_products(Sums& sums, int j, const u32 (&a)[Tile::ROWS][operand::PLANES][4],
+                                const u32 (&b)[operand::PLANES][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float parts[Tile::ROWS][4] = {};
+#pragma unroll
+        for (int order = operand::PLANES - 1; order >= 0; --order)
+#pragma unroll
+            for (int p = 0; p <= order; ++p)
+#pragma unroll
+                for (int i = 0; i < Tile::ROWS; ++i) {
+                    const u32 side[2] = {b[order - p][2 * half], b[order - p][2 * half + 1]};
+                    float(&sum)[4] = operand::PLANES > 1 ? parts[i] : sums.at[i][2 * j + half];
+                    operand::multiply_add(sum, a[i][p], side);
+                }
+        if (operand::PLANES > 1)
+#pragma unroll
+            for (int i = 0; i < Tile::ROWS; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums.at[i][2 * j + half][e] += parts[i][e];
+    }
+}
 
 // This warp's elements of the tile of C at `corner`, summed over k0 <= k < k_end.
 template <bool A_BY_K, bool B_BY_K>
@@ -127,20 +162,15 @@ static DEVICE void multiply(const stored* A, long long lda, const stored* B, lon
         const unsigned char* of_B = of_A + OfA::BYTES;
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            u32 a[Tile::ROWS][4];
+            u32 a[Tile::ROWS][operand::PLANES][4];
 #pragma unroll
             for (int i = 0; i < Tile::ROWS; ++i)
-                OfA::template fragment<false>(a[i], of_A, Tile::warp_row() + i * 16, step);
+                OfA::template factors<false>(a[i], of_A, Tile::warp_row() + i * 16, step);
 #pragma unroll
             for (int j = 0; j < Tile::COLUMNS; ++j) {
-                u32 b[4];
-                OfB::template fragment<true>(b, of_B, Tile::warp_column() + j * 16, step);
-                const u32 left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-#pragma unroll
-                for (int i = 0; i < Tile::ROWS; ++i) {
-                    operand::multiply_add(sums.at[i][2 * j], a[i], left);
-                    operand::multiply_add(sums.at[i][2 * j + 1], a[i], right);
-                }
+                u32 b[operand::PLANES][4];
+                OfB::template factors<true>(b, of_B, Tile::warp_column() + j * 16, step);
+                add_products(sums, j, a, b);
             }
         }
         now = now + 1 == Tile::STAGES ? 0 : now + 1;
