@@ -187,15 +187,22 @@ def scores(
     sums: dict[str, Sums] = {}
     kept: list[tuple[Array, Array]] = []
     custom = [name for name, metric in metrics.items() if callable(metric)]
-    for Z, (_, target, *rest) in model.outputs(columns, PREDICT_ROWS, precision):
-        weight = rest[0] if rest else None
+
+    def lost(Z: Array, part: list[Array]) -> tuple[Array, float, Array, Array | None]:
+        """(Z, its loss, target, weight)."""
+        _, target, *rest = part
+        weight, place = rest[0] if rest else None, model.memory.place
+        placed = None if weight is None else place(weight)
+        value, *_ = model.backend.loss(
+            Z, place(target), loss.name, options, sample_weight=placed
+        )  # fmt: skip
+        return Z, float(value), target, weight
+
+    for Z, value, target, weight in model.outputs(
+        columns, lost, PREDICT_ROWS, precision, "evaluate"
+    ):
         counted = loss.mass(target, weight)
-        with model.memory as memory:
-            placed = None if weight is None else memory.place(weight)
-            value, *_ = model.backend.loss(
-                Z, memory.place(target), loss.name, options, sample_weight=placed
-            )
-        total += counted * float(value)
+        total += counted * value
         mass += counted
         if not metrics:
             continue

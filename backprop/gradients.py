@@ -21,6 +21,7 @@ from backprop.losses import (
 from backprop.memory import HOST, Memory, contiguous, expect_one_kind, on_gpu
 from backprop.model import Sequential
 from backprop.passes import Plan, Workspace
+from backprop.pieces import Pieces, Room
 
 
 class Gradients:
@@ -103,18 +104,33 @@ def value_and_grad(
 ) -> tuple[float, dict[str, Array]]:  # fmt: skip
     """The loss on (X, y) and its gradient by parameter name; the model is not changed.
 
-    Training mode: dropout is drawn from `seed`, batch norm uses the batch.
+    Training mode: dropout is drawn from `seed`, batch norm uses the batch. Where a device has no
+    room for the batch, its rows go in pieces, and dropout draws other masks for each.
     """
     checks.integer("value_and_grad", "seed", seed, 0)
     batch = max(len(X), 1) if hasattr(X, "__len__") else 1
-    gradients = Gradients(model, resolve_loss(loss), batch, seed)
-    inputs = gradients.inputs(X, y, sample_weight, "value_and_grad", finite=True)
-    statistics = {name: value.copy() for name, value in model.statistics.items()}
     with model.memory as memory:
-        gradients.operators(len(inputs[0]))(*(memory.place(array) for array in inputs))
-    for name, value in statistics.items():
-        model.statistics[name][...] = value
-    found = {name: memory.numpy(g.copy()) for name, g in gradients.views.items()}
+        gradients = Gradients(model, resolve_loss(loss), batch, seed)
+        inputs = gradients.inputs(X, y, sample_weight, "value_and_grad", finite=True)
+        statistics = {name: value.copy() for name, value in model.statistics.items()}
+        room = Room("value_and_grad", batch, whole=bool(statistics))
+
+        def prepare(*piece: Array) -> Callable[..., None]:
+            operators = gradients.operators(len(piece[0]))
+            return lambda *arrays: operators(*map(memory.place, arrays))
+
+        def compute() -> None:
+            with memory:
+                whole = room.rows == batch
+                pieces = None if whole else Pieces(gradients, room.rows, prepare, inputs)
+                (pieces or prepare(*inputs))(*inputs)
+
+        try:
+            room.attempt(compute, lambda: gradients.make_room(room.rows))
+        finally:
+            for name, value in statistics.items():
+                memory.fill(model.statistics[name], value)
+        found = {name: memory.numpy(g).copy() for name, g in gradients.views.items()}
     return float(gradients.value), found
 
 

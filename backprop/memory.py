@@ -16,7 +16,7 @@ from backprop_kernels.errors import KindError
 
 
 class Memory(Protocol):
-    """`with memory:` makes its device the current one."""
+    """`with memory:` makes its device the current one and no room there a DeviceMemoryError."""
 
     def __enter__(self) -> Memory: ...
 

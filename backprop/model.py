@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from backprop_kernels import checks
@@ -29,10 +30,12 @@ from backprop.layers import NORMS, Dropout, Layer, Linear, check_chain, mlp_laye
 from backprop.losses import as_numbers, refuse_non_finite
 from backprop.memory import contiguous, on_gpu
 from backprop.passes import Plan, Workspace
+from backprop.pieces import Room
 from backprop.precision import products
 
 DTYPES = ("float32", "float64")
 PREDICT_ROWS = 8192  # rows per pass of predict: activations stay in cache at common widths
+Result = TypeVar("Result")
 ARCHITECTURE = "fused-backprop"  # the metadata entry of a file that holds a model
 FORMAT = "fused-backprop 1"
 MAX_PARAMETERS = 2**40  # of a file: refused before anything is allocated
@@ -117,7 +120,7 @@ class Sequential:
         self._check_shape(X.shape, where)
         if finite:
             refuse_non_finite(where, "X", X)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"), self.memory:
             converted = contiguous(X, self.dtype)
         if finite and X.dtype.itemsize > self.dtype.itemsize:
             refuse_non_finite(where, f"X as {self.dtype}", converted)
@@ -154,7 +157,7 @@ class Sequential:
         X = self.column(X, "predict")
         shape, there = (len(X), self.out_features), on_gpu(X)
         Y, start = self.memory.zeros(shape, self.dtype) if there else np.empty(shape, self.dtype), 0
-        for out, _ in self.outputs([X], batch_size or PREDICT_ROWS, precision):
+        for out in self.outputs([X], lambda out, _: out, batch_size or PREDICT_ROWS, precision):
             Y[start : start + len(out)] = out if there else self.memory.numpy(out)
             start += len(out)
         return Y
@@ -162,26 +165,41 @@ class Sequential:
     def outputs(
         self,
         columns: Sequence[Array | Rows],
+        work: Callable[[Array, list[Array]], Result],
         rows: int = PREDICT_ROWS,
         precision: str | None = None,
-    ) -> Iterator[tuple[Array, list[Array]]]:
-        """(Y, part): the outputs for the first of `columns`, up to `rows` rows at a time.
+        where: str = "predict",
+    ) -> Iterator[Result]:
+        """work(Y, part) of the outputs for the first of `columns`, up to `rows` rows at a time.
 
-        `part` is these rows of all columns. Y is good until the next.
+        `part` is these rows of all columns. Y is good until the next. Where a device has no room
+        for so many, neither for what `work` allocates, it goes on with fewer.
         """
         rows = min(rows, max(len(columns[0]), 1))
-        backend = products(self, precision, "predict")
-        workspace = Workspace(rows, self.dtype, self.memory)
-        plans: dict[int, Plan] = {}
+        backend, room = products(self, precision, where), Room(where, rows)
+        workspace, plans = Workspace(rows, self.dtype, self.memory), dict[int, Plan]()
+
+        def make_room() -> None:
+            nonlocal workspace
+            plans.clear()
+            workspace = Workspace(room.rows, self.dtype, self.memory)
+
+        def outputs(part: list[Array], start: int) -> tuple[int, Result]:
+            piece = [column[start : start + room.rows] for column in part]
+            batch = len(piece[0])
+            with self.memory as memory:
+                if batch not in plans:
+                    plans[batch] = Plan(
+                        self.layers, self.parameters, self.statistics, backend, workspace, batch
+                    )
+                return batch, work(plans[batch].forward(memory.place(piece[0])), piece)
+
         for part in parts(columns, rows):
-            batch = len(part[0])
-            if batch not in plans:
-                plans[batch] = Plan(
-                    self.layers, self.parameters, self.statistics, backend, workspace, batch
-                )
-            with self.memory:
-                Y = plans[batch].forward(self.memory.place(part[0]))
-            yield Y, part
+            start = 0
+            while start < len(part[0]):
+                done, result = room.attempt(partial(outputs, part, start), make_room)
+                start += done
+                yield result
 
     def _encoded(self, X: Any) -> Any:
         """X of raw rows, where X is a table or a data frame; anything else as it is."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from math import isfinite, nan
@@ -14,7 +13,6 @@ from backprop_kernels.arrays import Array
 from backprop_kernels.errors import (
     CheckpointMismatchError,
     DataError,
-    DeviceMemoryError,
     KindError,
     LabelError,
     NonFiniteError,
@@ -32,7 +30,7 @@ from backprop.losses import (
 from backprop.model import Sequential
 from backprop.muon import Muon, MuonUpdate
 from backprop.optimizers import Optimizer, resolve_optimizer
-from backprop.pieces import Pieces
+from backprop.pieces import Pieces, Room
 from backprop.precision import LossScale, products
 from backprop.queue import PendingLoss, Queue
 from backprop.update import Update
@@ -118,7 +116,8 @@ class TrainStep:
         self._sum = Accumulated()
         self._apart = accumulate > 1 or not self.update.fused
         self._captured: dict[tuple[int, ...], Callable[..., None]] = {}
-        self._most_rows = batch_size  # of a program; less where the device has no room for more
+        # Batch norm takes its mean over the whole batch.
+        self._room = Room("TrainStep", batch_size, whole=bool(model.statistics))
         self._queue: Queue | None = None
         if accumulate == 1 and self.loss_scale is None:
             device = self.update.stepping(
@@ -349,39 +348,26 @@ class TrainStep:
 
     def prepare(self, *arrays: Array) -> Callable[..., None]:
         """The captured program for arrays like these; compiles what it needs, trains nothing."""
+        return self._room.attempt(lambda: self._program(*arrays), self._make_room)
+
+    def _program(self, *arrays: Array) -> Callable[..., None]:
         key = (len(arrays[0]), arrays[1].ndim, len(arrays))
-        while key not in self._captured:
-            try:
-                self._captured[key] = self._capture(arrays)
-            except DeviceMemoryError as problem:
-                # Batch norm takes its mean over the whole batch.
-                if self._most_rows == 1 or self._statistics:
-                    raise
-                shortage = str(problem)
-            else:
-                break
-            self._halve(shortage)  # out here nothing holds on to what was allocated
+        if key not in self._captured:
+            self._captured[key] = self._capture(arrays)
         return self._captured[key]
 
-    def _halve(self, shortage: str) -> None:
-        """From now on make the gradient of half as many rows at once."""
+    def _make_room(self) -> None:
+        """From now on make the gradient of fewer rows at once, and the update after it."""
         if self._queue is not None:
             self._queue.settle()
             self._steps, self._queue = self._queue.steps, None
-        self._most_rows = -(-self._most_rows // 2)
         self._apart = True
         self._captured.clear()
-        self.gradients.make_room(self._most_rows)
-        warnings.warn(
-            f"TrainStep: {shortage}. The batch is kept, its gradient is made of pieces of "
-            f"{self._most_rows} rows, slower",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        self.gradients.make_room(self._room.rows)
 
     def _capture(self, arrays: tuple[Array, ...]) -> Callable[..., None]:
-        if len(arrays[0]) > self._most_rows:
-            return Pieces(self.gradients, self._most_rows, self.prepare, arrays)
+        if len(arrays[0]) > self._room.rows:
+            return Pieces(self.gradients, self._room.rows, self._program, arrays)
         backend = self.model.backend
         gradients = self.gradients.operators(len(arrays[0]))
         if self._queue is not None:

@@ -48,6 +48,14 @@ def _expect_emulator() -> None:
         pytest.skip(f"the CUDA emulator {reason}")
 
 
+@pytest.fixture
+def emulator() -> Iterator[None]:
+    """CuPy and NVRTC are the emulator's."""
+    _expect_emulator()
+    with installed():
+        yield
+
+
 @pytest.fixture(params=BACKENDS, scope="session")
 def backend(request: pytest.FixtureRequest) -> ModuleType | SimpleNamespace:
     """The backend under test: a module with the functions of the operator table."""

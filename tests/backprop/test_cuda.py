@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from backprop_kernels.arrays import Array
 
 import backprop as bp
 from backprop.passes import Plan, Workspace
-from tests.cuda_host import build, memory
-from tests.cuda_host.backend import installed
-from tests.cuda_host.cupy_stand_in import Device
 
-
-@pytest.fixture(autouse=True)
-def emulator() -> Iterator[None]:
-    if reason := build.problem():
-        pytest.skip(f"the CUDA emulator {reason}")
-    with installed():
-        yield
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
 def data(rows: int = 203, classes: int = 3) -> tuple[Array, Array]:
@@ -263,88 +250,3 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         bp.DeviceUnavailableError, match='device "cuda:1": expected a number below 1'
     ):
         bp.MLP([2, 1], device="cuda:1")
-
-
-def leave(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    """Give the device so many bytes more than it uses."""
-    gc.collect()
-    monkeypatch.setattr(Device, "memory", memory.used() + free)
-
-
-def test_out_of_memory_says_what_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave(monkeypatch, 65_536)
-    # 256 x 256 weights and 256 biases
-    with pytest.raises(bp.DeviceMemoryError, match="room for 263,168 bytes, 65,536 are free"):
-        bp.MLP([256, 256], device="cuda", dtype="float32")
-
-
-def test_batch_that_does_not_fit_is_kept_and_cut_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As often as it takes, in the first step or when data is there already; same numbers."""
-    X, y = data()
-    there, weight = X.astype(np.float32), np.linspace(0.1, 2, len(X))
-
-    def trained(pieces: int) -> tuple[bp.TrainStep, list[float]]:
-        model = bp.MLP([9, 64, 64, 3], device="cuda", seed=1)
-        step = bp.TrainStep(model, "cross_entropy", "Adam", batch_size=203, clip_norm=1.0)
-        if pieces > 1:
-            # 203 rows need 320,000 bytes: outputs and deltas of 64 columns, sums, two sent ahead.
-            leave(monkeypatch, 330_000 // pieces + 40_000)
-            said = r"room for [\d,]+ bytes, [\d,]+ are free.* made of pieces of \d+ rows, slower"
-            with pytest.warns(RuntimeWarning, match=said):
-                losses = [float(step(there, y, weight))]
-        else:
-            losses = [float(step(there, y, weight))]
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            losses += [float(step(there, y, weight)) for _ in range(3)]
-        monkeypatch.setattr(Device, "memory", 1 << 32)
-        return step, losses
-
-    whole, expected = trained(1)
-    bound = 4 * 64 * np.finfo(np.float32).eps
-    for pieces in (2, 6):
-        step, losses = trained(pieces)
-        again, _ = trained(pieces)
-        assert bits(step.model) == bits(again.model)  # the same pieces, the same bits
-        assert step.steps == 4 and step._most_rows <= -(-203 // pieces)
-        np.testing.assert_allclose(losses, expected, rtol=bound)
-        for name, value in whole.model.state_dict().items():
-            np.testing.assert_allclose(
-                step.model.state_dict()[name], value, atol=64 * bound, err_msg=name
-            )
-
-
-def test_each_piece_draws_masks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [bp.Dropout(0.5), bp.Linear(200, 1, bias=False)]
-    model = bp.Sequential(layers, device="cuda")
-    step = bp.TrainStep(model, "mse", bp.SGD(lr=0.0), batch_size=40)
-    leave(monkeypatch, 60_000)
-    with pytest.warns(RuntimeWarning, match="pieces of"):
-        float(step(np.ones((40, 200)), np.zeros(40)))
-    masks = []
-    for piece in range(2):
-        step.gradients.set_piece(piece)
-        rows = step._most_rows
-        program = step.prepare(np.ones((rows, 200), np.float32), np.zeros((rows, 1), np.float32))
-        program(np.ones((rows, 200), np.float32), np.zeros((rows, 1), np.float32))
-        masks.append(next(iter(step.gradients.plans.values())).passes[0].Y.get() > 0)
-    assert 0.4 < (masks[0] == masks[1]).mean() < 0.6
-
-
-def test_what_cannot_be_cut_is_an_error_that_says_what_was_needed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    X, y = data()
-    wide = bp.MLP([9, 1024, 3], device="cuda")
-    normed = bp.MLP([9, 64, 3], norm="batch", device="cuda")
-    for model, free in ((normed, 60_000), (wide, 100_000)):
-        step = bp.TrainStep(model, "cross_entropy", "SGD", batch_size=203)
-        before = bits(model)
-        leave(monkeypatch, free)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with pytest.raises(bp.DeviceMemoryError, match=r"room for [\d,]+ bytes, [\d,]+ are"):
-                step(X, y)
-        monkeypatch.setattr(Device, "memory", 1 << 32)
-        assert bits(model) == before and step.steps == 0
-        assert np.isfinite(step(X, y))  # and the device serves on

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,19 +13,9 @@ from backprop_kernels.precisions import PRECISIONS
 import backprop as bp
 from backprop import precision as module
 from backprop.precision import LARGEST, LossScale
-from tests.cuda_host import build
-from tests.cuda_host.backend import installed
 
 LOW = ["bf16", "fp16", *(pytest.param(p, marks=pytest.mark.long) for p in ("tf32", "bf16x3"))]
 SIZES = [9, 33, 17, 3]
-
-
-@pytest.fixture
-def emulator() -> Iterator[None]:
-    if reason := build.problem():
-        pytest.skip(f"the CUDA emulator {reason}")
-    with installed():
-        yield
 
 
 def data(rows: int = 61) -> tuple[Array, Array]:

@@ -5,7 +5,7 @@ Each test runs twice: with copies as late as anyone may see, and with kernels as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -17,20 +17,16 @@ from backprop_kernels.optimizers import OPTIMIZERS
 
 import backprop as bp
 from backprop.queue import LossSum, PendingLoss
-from tests.cuda_host import build, cupy_stand_in
-from tests.cuda_host.backend import installed
+from tests.cuda_host import cupy_stand_in
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((40, 6)).astype(np.float32), RNG.integers(0, 3, 40)
 
 
 @pytest.fixture(autouse=True, params=["late copies", "late kernels"])
-def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if reason := build.problem():
-        pytest.skip(f"the CUDA emulator {reason}")
-    with installed():
-        monkeypatch.setattr(cupy_stand_in, "late_kernels", request.param == "late kernels")
-        yield
+def late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, emulator: None) -> None:
+    """What a stream does late."""
+    monkeypatch.setattr(cupy_stand_in, "late_kernels", request.param == "late kernels")
 
 
 def late_kernels() -> bool:

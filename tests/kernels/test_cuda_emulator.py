@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,11 @@ from backprop_kernels.cuda.epilogue import plain_variant
 from backprop_kernels.cuda.launch import launch, on_device
 from backprop_kernels.errors import KindError, ShapeError
 
-from tests.cuda_host import build, cupy_stand_in
-from tests.cuda_host.backend import installed
+from tests.cuda_host import cupy_stand_in
 
+pytestmark = pytest.mark.usefixtures("emulator")
 SUMS = Unit("column_sums.cu", plain_variant(np.dtype(np.float32)))
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(autouse=True)
-def emulator() -> Iterator[None]:
-    if reason := build.problem():
-        pytest.skip(f"the CUDA emulator {reason}")
-    with installed():
-        yield
 
 
 def run(body: str, tmp_path: Path, attribute: str = "") -> None:

@@ -119,11 +119,15 @@ def empty(shape: Any, dtype: Any) -> Array:
         return cupy().empty(shape, dtype)
     except cupy().cuda.memory.OutOfMemoryError as problem:
         needed = prod(np.atleast_1d(shape).tolist()) * np.dtype(dtype).itemsize
-        free = cupy().cuda.runtime.memGetInfo()[0]
-        raise DeviceMemoryError(
-            f"device memory: expected room for {needed:,} bytes, {free:,} are free; lower "
-            "batch_size or the layers' widths"
-        ) from problem
+        raise no_room(f"expected room for {needed:,} bytes") from problem
+
+
+def no_room(what: str) -> DeviceMemoryError:
+    """The error that says so, with what is free."""
+    free = cupy().cuda.runtime.memGetInfo()[0]
+    return DeviceMemoryError(
+        f"device memory: {what}, {free:,} are free; lower batch_size or the layers' widths"
+    )
 
 
 def copy(to: Array, source: Array) -> None:

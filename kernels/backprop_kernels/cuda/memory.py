@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backprop_kernels.arrays import Array
-from backprop_kernels.cuda.launch import cupy, empty, expect_aligned, is_array
+from backprop_kernels.cuda.launch import cupy, empty, expect_aligned, is_array, no_room
 from backprop_kernels.errors import KindError
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ class DeviceMemory:
 
     def __exit__(self, *problem: object) -> None:
         cupy().cuda.Device(self.number).__exit__(*problem)
+        # Of CuPy's own arrays, which `empty` does not make.
+        if isinstance(problem[1], cupy().cuda.memory.OutOfMemoryError):
+            raise no_room(str(problem[1])) from problem[1]
 
     def taken(self, where: str, argument: str, value: Any) -> Array:
         kind = f"{type(value).__module__}.{type(value).__name__}"
