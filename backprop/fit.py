@@ -49,6 +49,7 @@ def fit(
     input_noise: float = 0.0,
     ema: float | EMA | None = None,
     precision: str | None = None,
+    recompute: int = 1,
     callbacks: Iterable[Callback | EpochFunction] = (),
     checkpoint: str | PathLike[str] | Checkpoint | None = None,
     resume: bool | str | PathLike[str] = False,
@@ -77,6 +78,8 @@ def fit(
         precision: of the products, in training and evaluation: the model's dtype, or for a float32
             model on a GPU "tf32", "bf16", "fp16", "bf16x3" or "bf16x6". Sums, parameters and update
             stay float32.
+        recompute: keep the activations of every so-many-th layer only, and compute the others again
+            in backward: less memory, more time, the same bits.
         callbacks: functions of (epoch, history), called after each epoch; one that returns True
             ends the training. Or objects: see `Callback`.
         checkpoint: a folder to save the fit in after every epoch, or a `Checkpoint`.
@@ -122,7 +125,8 @@ def fit(
         input_noise, (batches.size, model.in_features), model.dtype, model.memory, seed
     )  # fmt: skip
     step = TrainStep(
-        model, loss, optimizer, batches.size, clip_norm, seed, accumulate, precision
+        model, loss, optimizer, batches.size, clip_norm, seed, accumulate, precision,
+        recompute,
     )  # fmt: skip
     history, rows = History(), batches.rows
     training = Training(

@@ -29,7 +29,7 @@ class Gradients:
 
     def __init__(
         self, model: Sequential, loss: Loss, batch_size: int, seed: int,
-        frozen: Collection[str] = (), backend: Any = None,
+        frozen: Collection[str] = (), backend: Any = None, recompute: int = 1,
     ) -> None:  # fmt: skip
         self.model = model
         self._backend = backend  # where it is not the model's own
@@ -44,6 +44,7 @@ class Gradients:
         self.value = memory.zeros((), np.dtype(np.float64))
         self.workspace = Workspace(batch_size, model.dtype, memory)
         self.frozen = frozenset(frozen)
+        self.recompute = recompute
         self.plans: dict[int, Plan] = {}  # by batch size: where activations and deltas lie
 
     def operators(self, batch: int) -> Callable[..., None]:
@@ -52,7 +53,7 @@ class Gradients:
         backend = model.backend if self._backend is None else self._backend
         plan = Plan(
             model.layers, model.parameters, model.statistics, backend, self.workspace,
-            batch, self.flat, self.placed, self.frozen,
+            batch, self.flat, self.placed, self.frozen, self.recompute,
         )  # fmt: skip
         self.plans[batch] = plan
         options = options_for_kernel(loss, model.out_features)

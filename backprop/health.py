@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
-from backprop_kernels.errors import DataError
+from backprop_kernels.errors import DataError, OptionError
 
 from backprop.callbacks import Callback, Training
 from backprop.extras import need
@@ -61,7 +61,12 @@ class Health(Callback):
         self._due = False
 
     def fit_begin(self, training: Training) -> None:
-        model = training.model
+        model, recompute = training.model, training.step.gradients.recompute
+        if recompute > 1:
+            raise OptionError(
+                f"Health: recompute: expected 1, got {recompute}, which leaves no layer's "
+                "activations and deltas to look at"
+            )
         self.layers = [p for p in model.layout.prefixes if p.startswith("layers.")]
         self._before = model.parameters.copy()
         self._change = model.parameters.copy()

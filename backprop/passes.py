@@ -46,6 +46,11 @@ class Workspace:
             self._buffers[key] = self.memory.zeros(max(size, self.batch), key[1])
         return self._buffers[key][:size]
 
+    @property
+    def bytes(self) -> int:
+        """How much memory the buffers take."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
 
 @dataclass
 class Pass(ABC):
@@ -76,6 +81,10 @@ class Pass(ABC):
     def forward(self, X: Array) -> None:
         """Y, and `kept`, from X."""
 
+    def again(self, X: Array) -> None:
+        """What forward made, once more: the same bits."""
+        self.forward(X)
+
     @abstractmethod
     def delta(self, X: Array, below: Any) -> None:
         """From this pass's dZ make `below.dZ` and `below.db`."""
@@ -87,6 +96,9 @@ class Pass(ABC):
 
 class InputPass(Pass):
     """Dropout of the input itself: a batch norm that changes nothing, for its epilogue."""
+
+    def again(self, X: Array) -> None:
+        """Nothing: Y has a place of its own."""
 
     def forward(self, X: Array) -> None:
         zeros, ones = self.bias, self.weight
@@ -131,11 +143,17 @@ class NormPass(Pass):
     training: bool
 
     def forward(self, X: Array) -> None:
+        self._forward(X, getattr(self.layer, "momentum", 0.0))
+
+    def again(self, X: Array) -> None:
+        self._forward(X, 0.0)  # the running statistics have moved already
+
+    def _forward(self, X: Array, momentum: float) -> None:
         common = (self.activation, self.dropout, (self.Y, self.kept, self.mean, self.rstd))
         if isinstance(self.layer, BatchNorm):
             self.backend.batch_norm_forward(
                 X, self.weight, self.bias, *(self.running or ()), self.training,
-                self.layer.momentum, self.layer.eps, *common,
+                momentum, self.layer.eps, *common,
             )  # fmt: skip
         elif isinstance(self.layer, LayerNorm | RMSNorm):
             self.backend.layer_norm_forward(
@@ -170,12 +188,16 @@ class Plan:
         gradients: Array | None = None,
         stream: Array | None = None,
         frozen: Collection[str] = (),
+        recompute: int = 1,
     ) -> None:
         """Without `gradients` the plan only predicts: no dropout, running statistics.
 
         The last pass keeps no activation: training hands it to the loss (`output_activation`),
         prediction applies it. No gradient is made of the tensors in `frozen`, nor any delta below
         the first layer that is trained; batch norms down there predict.
+
+        In groups of `recompute` passes only the last one's activations are kept from forward to
+        backward, which makes the others once more; two deltas take turns.
         """
         layout = Layout(layers)
         training = gradients is not None
@@ -193,6 +215,7 @@ class Plan:
         bottom = next((i for i, name in enumerate(layout.prefixes) if name in trained), 0)
         self.batch = batch
         self.passes: list[Pass] = []
+        self.recompute = recompute
         first = min(i for i, layer in enumerate(layers) if not isinstance(layer, Dropout))
         last = max(i for i, layer in enumerate(layers) if not isinstance(layer, Dropout))
         for i, layer in enumerate(layers):
@@ -213,8 +236,14 @@ class Plan:
                 if isinstance(after, Dropout) and after.rate > 0:
                     dropout = arrays.Dropout(after.rate, stream, i)
             columns = layer.out_features if isinstance(layer, Linear) else layer.features
-            # Without gradients two buffers take turns; training keeps every layer's.
-            name = str(i) if training else str(len(self.passes) % 2) + f" of {columns}"
+            # What is not kept lies where other passes of this width have theirs.
+            number = len(self.passes)
+            kept_for_backward = number % recompute == recompute - 1 or i == last
+            turns = recompute if training else 2
+            passing = f"{number % turns} of {columns}"
+            own = str(i) if training else passing
+            name = own if kept_for_backward else passing
+            delta = own if recompute == 1 else f"{number % 2} of {columns}"
             dropped, bits = dropout is not None, getattr(backend, "SAVES_BITS", False)
             kept = saved_beside(activation, columns, stored, dropped, bits) if training else None
             prefix = layout.prefixes[i]
@@ -229,13 +258,13 @@ class Plan:
                 "db": G.get(f"{prefix}.bias"),
                 "Y": workspace.rows(f"Y {name}", batch, columns, real if i == last else stored),
                 "kept": workspace.rows(f"kept {name}", batch, *kept) if kept else None,
-                "dZ": workspace.rows(f"dZ {name}", batch, columns, stored) if training else None,
+                "dZ": workspace.rows(f"dZ {delta}", batch, columns, stored) if training else None,
             }
             if isinstance(layer, Linear):
                 self.passes.append(LinearPass(**common))
                 continue
             if isinstance(layer, RMSNorm):
-                common["bias"] = workspace.vector(f"zeros {name}", columns)
+                common["bias"] = workspace.vector(f"zeros {own}", columns)
             per = layer.features if isinstance(layer, BatchNorm) else batch
             running = None
             if isinstance(layer, BatchNorm):
@@ -243,8 +272,8 @@ class Plan:
             self.passes.append(
                 NormPass(
                     **common,
-                    mean=workspace.vector(f"mean {name}", per),
-                    rstd=workspace.vector(f"rstd {name}", per),
+                    mean=workspace.vector(f"mean {own}", per),
+                    rstd=workspace.vector(f"rstd {own}", per),
                     running=running,
                     training=training and i >= bottom,
                 )
@@ -264,16 +293,32 @@ class Plan:
         """Every gradient, from the last pass's dZ and db that the loss left there.
 
         All deltas first: after them no parameter is read again, and the weight gradients are
-        independent of one another.
+        independent of one another. With `recompute` each gradient at once, before other passes
+        use the places of its delta and its input.
         """
         inputs = [X, *(p.Y for p in self.passes[:-1])]
         lowest = self.bottom
+        if self.recompute > 1:
+            self._group_by_group(inputs)
+            return
         for i in reversed(range(lowest + 1, len(self.passes))):
             self.passes[i].delta(inputs[i], self.passes[i - 1])
         if isinstance(self.passes[lowest], NormPass):
             self.passes[lowest].delta(inputs[lowest], None)
         for i in reversed(range(lowest, len(self.passes))):
             self.passes[i].gradient(inputs[i])
+
+    def _group_by_group(self, inputs: Sequence[Array]) -> None:
+        for i in reversed(range(self.bottom, len(self.passes))):
+            self.passes[i].gradient(inputs[i])
+            if i == self.bottom:
+                if isinstance(self.passes[i], NormPass):
+                    self.passes[i].delta(inputs[i], None)
+                return
+            if i % self.recompute == 0:
+                for k in range(i - self.recompute, i - 1):
+                    self.passes[k].again(inputs[k])
+            self.passes[i].delta(inputs[i], self.passes[i - 1])
 
 
 def _input_pass(

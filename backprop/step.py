@@ -61,6 +61,8 @@ class TrainStep:
         seed: of dropout.
         accumulate: how many batches make one step. Their gradients are added as those of one batch
             of all their rows would be; `flush` makes a step of fewer.
+        recompute: keep the activations of every so-many-th layer only, and compute the others again
+            in backward: less memory, more time, the same bits.
         precision: of the products: the model's dtype, or for a float32 model on a GPU "tf32",
             "bf16", "fp16", "bf16x3" or "bf16x6". Sums, parameters and the update stay float32.
 
@@ -81,12 +83,14 @@ class TrainStep:
         seed: int = 0,
         accumulate: int = 1,
         precision: str | None = None,
+        recompute: int = 1,
     ) -> None:
         if not isinstance(model, Sequential):
             raise KindError(f"TrainStep: model: expected a model, got {type(model).__name__}")
         checks.integer("TrainStep", "batch_size", batch_size, 1)
         checks.integer("TrainStep", "seed", seed, 0)
         checks.integer("TrainStep", "accumulate", accumulate, 1)
+        checks.integer("TrainStep", "recompute", recompute, 1)
         number = isinstance(clip_norm, int | float) and not isinstance(clip_norm, bool)
         if clip_norm is not None and not (number and clip_norm > 0):
             raise OptionError(f"TrainStep: clip_norm: expected a number > 0, got {clip_norm!r}")
@@ -95,7 +99,7 @@ class TrainStep:
         backend = products(model, precision, "TrainStep")
         self.gradients = Gradients(
             model, resolve_loss(loss), batch_size, seed, model.frozen,
-            None if backend is model.backend else backend,
+            None if backend is model.backend else backend, int(recompute),
         )  # fmt: skip
         scaled = PRECISIONS[precision or str(model.dtype)].loss_scaling
         self.loss_scale = LossScale(backend) if scaled else None

@@ -58,6 +58,8 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
     training.add_argument("--clip-norm", type=float, metavar="F", help="longest gradient")
     option(training, "--accumulate", 1, "batches whose gradients make a step", type=int,
            metavar="N")  # fmt: skip
+    option(training, "--recompute", 1, "keep every so-many-th layer's activations", type=int,
+           metavar="N")  # fmt: skip
     training.add_argument("--schedule", choices=SCHEDULE_NAMES, metavar="NAME",
                           help=f"of lr: {', '.join(SCHEDULE_NAMES)}")  # fmt: skip
     option(training, "--warmup", 0.0, "epochs over which lr rises from 0", type=float,
