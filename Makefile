@@ -33,7 +33,7 @@ bench-phases: $(VENV)/demo,bench,torch
 	$(RUN) benchmarks/bench_step.py --phases $(ARGS)
 
 bench-operators: $(VENV)/demo,bench
-	for op in linear_forward linear_dgrad linear_wgrad loss optimizer_step batch_norm layer_norm \
+	for op in linear_forward linear_dgrad linear_wgrad sparse_input loss optimizer_step batch_norm layer_norm \
 		gather_rows; do $(RUN) benchmarks/bench_$$op.py $(ARGS) || exit 1; done
 
 # Fails where an operator's median is a fifth slower than in the last run here.

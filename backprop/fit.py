@@ -11,7 +11,7 @@ from backprop_kernels import checks
 from backprop_kernels.errors import KindError
 
 from backprop.averaging import EMA
-from backprop.batches import Batches
+from backprop.batches import Batches, mostly_zeros
 from backprop.callbacks import Callback, Callbacks, EpochFunction, Training, as_callbacks
 from backprop.evaluation import CustomMetric, resolve_metrics, scores
 from backprop.history import History
@@ -94,6 +94,8 @@ def fit(
     Ctrl-C ends the fit after the step it meets (a long one is broken off, whole or not at all), and
     the history says `interrupted`. With a checkpoint it saves, and so does SIGTERM.
 
+    Where most of X is 0 (one-hot columns) the first layer skips the zeros, on a CPU.
+
     X may be larger than memory: a memory map, or a dataset (HDF5, Zarr) with shape and slicing. It
     is then read while training runs, checked as it is read, and shuffled by blocks.
     """
@@ -127,6 +129,7 @@ def fit(
     step = TrainStep(
         model, loss, optimizer, batches.size, clip_norm, seed, accumulate, precision,
         recompute,
+        sparse_input=not input_noise and mostly_zeros(data.columns[0], batches.size),
     )  # fmt: skip
     history, rows = History(), batches.rows
     training = Training(

@@ -30,10 +30,12 @@ class Gradients:
     def __init__(
         self, model: Sequential, loss: Loss, batch_size: int, seed: int,
         frozen: Collection[str] = (), backend: Any = None, recompute: int = 1,
+        sparse_input: bool = False,
     ) -> None:  # fmt: skip
         self.model = model
         self._backend = backend  # where it is not the model's own
         self.loss = loss
+        self.sparse_input = sparse_input
         self.batch_size = batch_size
         self.memory = memory = model.memory
         self.flat = memory.zeros(model.layout.size, model.dtype)
@@ -53,7 +55,7 @@ class Gradients:
         backend = model.backend if self._backend is None else self._backend
         plan = Plan(
             model.layers, model.parameters, model.statistics, backend, self.workspace,
-            batch, self.flat, self.placed, self.frozen, self.recompute,
+            batch, self.flat, self.placed, self.frozen, self.recompute, self.sparse_input,
         )  # fmt: skip
         self.plans[batch] = plan
         options = options_for_kernel(loss, model.out_features)

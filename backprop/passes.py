@@ -135,6 +135,19 @@ class LinearPass(Pass):
             self.backend.linear_wgrad(self.dZ, X, out=self.d_weight)
 
 
+class SparseInputPass(LinearPass):
+    """The first layer, where most of X is 0."""
+
+    def forward(self, X: Array) -> None:
+        self.backend.sparse_input_forward(
+            X, self.weight, self.bias, self.activation, self.dropout, out=(self.Y, self.kept)
+        )
+
+    def gradient(self, X: Array) -> None:
+        if self.d_weight is not None:
+            self.backend.sparse_input_wgrad(self.dZ, X, out=self.d_weight)
+
+
 @dataclass
 class NormPass(Pass):
     mean: Array
@@ -189,12 +202,14 @@ class Plan:
         stream: Array | None = None,
         frozen: Collection[str] = (),
         recompute: int = 1,
+        sparse_input: bool = False,
     ) -> None:
         """Without `gradients` the plan only predicts: no dropout, running statistics.
 
         The last pass keeps no activation: training hands it to the loss (`output_activation`),
         prediction applies it. No gradient is made of the tensors in `frozen`, nor any delta below
-        the first layer that is trained; batch norms down there predict.
+        the first layer that is trained; batch norms down there predict. `sparse_input`: most of X
+        is 0.
 
         In groups of `recompute` passes only the last one's activations are kept from forward to
         backward, which makes the others once more; two deltas take turns.
@@ -261,7 +276,8 @@ class Plan:
                 "dZ": workspace.rows(f"dZ {delta}", batch, columns, stored) if training else None,
             }
             if isinstance(layer, Linear):
-                self.passes.append(LinearPass(**common))
+                sparse = sparse_input and not self.passes
+                self.passes.append((SparseInputPass if sparse else LinearPass)(**common))
                 continue
             if isinstance(layer, RMSNorm):
                 common["bias"] = workspace.vector(f"zeros {own}", columns)

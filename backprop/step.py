@@ -65,6 +65,8 @@ class TrainStep:
             in backward: less memory, more time, the same bits.
         precision: of the products: the model's dtype, or for a float32 model on a GPU "tf32",
             "bf16", "fp16", "bf16x3" or "bf16x6". Sums, parameters and the update stay float32.
+        sparse_input: whether most of X is 0, as one-hot columns are; on a CPU the first layer then
+            skips the zeros. A hint: any X is right. `fit` sees for itself.
 
     Raises NonFiniteError when loss or gradient is not finite (DataError where X is the cause); the
     parameters, moments and running statistics are then those of the step before. On a GPU it is
@@ -84,6 +86,7 @@ class TrainStep:
         accumulate: int = 1,
         precision: str | None = None,
         recompute: int = 1,
+        sparse_input: bool = False,
     ) -> None:
         if not isinstance(model, Sequential):
             raise KindError(f"TrainStep: model: expected a model, got {type(model).__name__}")
@@ -99,7 +102,7 @@ class TrainStep:
         backend = products(model, precision, "TrainStep")
         self.gradients = Gradients(
             model, resolve_loss(loss), batch_size, seed, model.frozen,
-            None if backend is model.backend else backend, int(recompute),
+            None if backend is model.backend else backend, int(recompute), bool(sparse_input),
         )  # fmt: skip
         scaled = PRECISIONS[precision or str(model.dtype)].loss_scaling
         self.loss_scale = LossScale(backend) if scaled else None

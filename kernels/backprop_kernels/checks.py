@@ -140,8 +140,8 @@ def linear_forward(
     out: Any,
     precision: str | None = None,
     bits: bool = False,
+    where: str = "linear_forward",
 ) -> None:
-    where = "linear_forward"
     stored, real = _operands(where, precision, X=X, W=W)
     batch, in_features = X.shape
     out_features = W.shape[0]
@@ -207,8 +207,10 @@ def linear_dgrad(
     _outputs(where, out, {"dZ_prev": (shape, stored), "db_prev": (shape[1:], real)})
 
 
-def linear_wgrad(dZ: Array, X: Array, out: Array | None, precision: str | None = None) -> None:
-    where = "linear_wgrad"
+def linear_wgrad(
+    dZ: Array, X: Array, out: Array | None, precision: str | None = None,
+    where: str = "linear_wgrad",
+) -> None:  # fmt: skip
     stored, real = _operands(where, precision, dZ=dZ, X=X)
     array(where, "X", X, (("batch", dZ.shape[0]), "in_features"), stored)
     shape = (("out_features", dZ.shape[1]), ("in_features", X.shape[1]))

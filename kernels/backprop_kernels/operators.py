@@ -55,6 +55,14 @@ OPERATORS: tuple[Operator, ...] = (
         saves="nothing",
     ),
     Operator(
+        name="sparse_input",
+        functions=("sparse_input_forward", "sparse_input_wgrad"),
+        formula="Y = dropout(act(X Wᵀ + b));  dW = dZᵀ X;  where most of X is 0",
+        shapes="X(n,i) W(o,i) b(o) → Y(n,o); dZ(n,o) X(n,i) → dW(o,i)",
+        fused="bias, activation, dropout",
+        saves="Y or Z, as the activation table says",
+    ),
+    Operator(
         name="loss",
         functions=("loss",),
         formula="L = Σ w l(act(Z), target) / Σ w;  dZ = ∂L/∂Z;  db = Σ_rows dZ",

@@ -272,3 +272,11 @@ def test_data_is_known_by_rows_of_all_its_parts() -> None:
         assert digest([changed], HOST) != known, row
     assert digest([data, data[:, 0]], HOST) != digest([data[:, 0], data], HOST)
     assert digest([data[:1]], HOST) != digest([data[:0]], HOST)
+
+
+def test_zeros_are_skipped_where_most_of_X_is_zero() -> None:
+    one_hot = np.eye(20, dtype=np.float32)[rng.integers(0, 20, 1003)]
+    ones = np.ones_like(one_hot)
+    for batch, data, expected in ((256, one_hot, True), (64, one_hot, False), (256, ones, False)):
+        assert batches.mostly_zeros(data, batch) is expected
+        assert batches.mostly_zeros(Rows(Dataset(data), whole), batch) is expected

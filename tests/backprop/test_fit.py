@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 import backprop as bp
+from backprop import batches
+from backprop.gradients import Gradients
+from backprop.passes import LinearPass, SparseInputPass
 from tests.inputs import on_host
 
 LOOP = import_module("backprop.evaluation")
@@ -195,3 +198,42 @@ def test_diverging_fit_keeps_the_last_finite_step(device: str) -> None:
     ):
         fit(model, X, y, optimizer=bp.SGD(lr=1e30), epochs=50, batch_size=8)
     assert np.isfinite(model.parameters).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_zeros_of_the_input_are_skipped_without_a_trace(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One-hot columns: the same network as with the dense kernels, but for rounding."""
+    rng = np.random.default_rng(5)
+    X = np.hstack([rng.standard_normal((700, 2)), np.eye(30)[rng.integers(0, 30, 700)]])
+    y = np.tanh(X @ rng.standard_normal((32, 1)))
+    found = []
+    for share in (batches.SPARSE, 0.0):
+        monkeypatch.setattr(batches, "SPARSE", share)
+        model = bp.MLP([32, 17, 1], activation="gelu", dropout=0.1, dtype="float64", device=device)
+        history = bp.fit(model, X, y, "mse", "Adam", 3, 256, seed=2, progress=False)
+        found.append((model.parameters.copy(), np.array(history["loss"])))
+    for sparse, dense in zip(*found, strict=True):
+        np.testing.assert_allclose(sparse, dense, rtol=1e-9, atol=1e-12)
+
+
+def test_fit_and_its_noise_choose_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    X = np.eye(30, dtype=np.float32)[rng.integers(0, 30, 300)]
+    plans = []
+    operators = Gradients.operators
+
+    def noted(self: Gradients, batch: int) -> Any:
+        made = operators(self, batch)
+        plans.append(type(self.plans[batch].passes[0]))
+        return made
+
+    monkeypatch.setattr(Gradients, "operators", noted)
+    for data, noise, expected in (
+        (X, 0.0, SparseInputPass), (X, 0.1, LinearPass), (X + 1, 0.0, LinearPass)
+    ):  # fmt: skip
+        plans.clear()
+        bp.fit(bp.MLP([30, 4, 1]), data, X[:, :1], "mse", batch_size=150, input_noise=noise,
+               progress=False)  # fmt: skip
+        assert set(plans) == {expected}

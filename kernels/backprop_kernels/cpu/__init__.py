@@ -13,6 +13,7 @@ from backprop_kernels.cpu.linear_wgrad import linear_wgrad
 from backprop_kernels.cpu.loss import loss
 from backprop_kernels.cpu.optimizer_step import optimizer_step
 from backprop_kernels.cpu.program import capture, check_compiler
+from backprop_kernels.cpu.sparse_input import sparse_input_forward, sparse_input_wgrad
 
 __all__ = [
     "batch_norm_backward",
@@ -26,6 +27,8 @@ __all__ = [
     "linear_wgrad",
     "loss",
     "optimizer_step",
+    "sparse_input_forward",
+    "sparse_input_wgrad",
 ]
 
 check_compiler()

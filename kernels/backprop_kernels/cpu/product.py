@@ -133,7 +133,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
     size = getattr(types, dtype).bitwidth // 8
     add = vector_loop(lambda x, y: (x + y,), dtype, 2)
     multiply_panels = _multiply_panels(dtype)
-    pack_A, pack_B = _pack(dtype, height), _pack(dtype, width)
+    pack_A, pack_B = make_pack(dtype, height), make_pack(dtype, width)
 
     def kernel(args, sync, thread, threads):
         M, N, K = args[M_], args[N_], args[K_]
@@ -237,7 +237,7 @@ def _multiply_panels(dtype: str) -> Any:
     return multiply_panels
 
 
-def _pack(dtype: str, width: int) -> Any:
+def make_pack(dtype: str, width: int) -> Any:
     """A Numba function: a matrix (K, columns) into panels (columns / width, K, width), zero padded.
 
     k_stride, stride: from one step of K and one column to the next; one of the two is 1.

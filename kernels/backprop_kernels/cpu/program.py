@@ -83,6 +83,7 @@ class Program:
         # Views of our own, so that one array given twice still counts as two inputs.
         self.inputs = [array.view() for array in inputs]
         self.kernels: list[Kernel] = []
+        self.shared: dict[int, Any] = {}  # by input: what `shared` made of it
         self._brief = False  # whether a run has shown that it takes less than PATIENCE
 
     def seal(self) -> Program:
@@ -154,6 +155,16 @@ class Program:
     def _set_tickets(self, value: int) -> None:
         for tickets in self._stoppable:
             tickets[:] = value
+
+
+def shared(array: Array, make: Callable[[], Any]) -> Any:
+    """What kernels make of `array` for others: once in a program that it is an input of."""
+    program: Program | None = getattr(_recording, "program", None)
+    if program is None or not any(array is given for given in program.inputs):
+        return make()
+    if id(array) not in program.shared:
+        program.shared[id(array)] = make()
+    return program.shared[id(array)]
 
 
 def recorded() -> int:

@@ -22,12 +22,15 @@ WORD = ir.IntType(64)
 WHERE = ir.IntType(32)
 
 
-class _Vectors:
-    """Loads and stores of one vector type at element offsets, whole or under a mask."""
+class Vectors:
+    """Loads and stores of one vector type at element offsets, whole or under a mask.
 
-    def __init__(self, builder: Any, dtype: str) -> None:
+    `lanes`: where it is not a register, but several.
+    """
+
+    def __init__(self, builder: Any, dtype: str, lanes: int | None = None) -> None:
         self.builder = builder
-        self.lanes = host_shape().lanes(dtype)
+        self.lanes = lanes or host_shape().lanes(dtype)
         self.size = 4 if dtype == "float32" else 8
         self.scalar = ir.FloatType() if dtype == "float32" else ir.DoubleType()
         self.type = ir.VectorType(self.scalar, self.lanes)
@@ -74,7 +77,7 @@ class _Vectors:
         return self.builder.icmp_signed("<", steps, self.splat(count))
 
 
-def _each(builder: Any, count: Any, vectors: _Vectors, body: Callable[[Any, Any], None]) -> None:
+def _each(builder: Any, count: Any, vectors: Vectors, body: Callable[[Any, Any], None]) -> None:
     """body(offset, None) for every whole vector, then body(offset, mask) for a tail."""
     lanes = vectors.lanes
     whole = builder.sub(count, builder.srem(count, ir.Constant(WORD, lanes)))
@@ -104,7 +107,7 @@ def vector_loop(formula: Callable[..., Any], dtype: str, inputs: int, scalars: i
     @intrinsic
     def run(typing_context: Any, addresses: Any, constants: Any, count: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            vectors = _Vectors(builder, dtype)
+            vectors = Vectors(builder, dtype)
             places = [builder.extract_value(arguments[0], i) for i in range(addresses.count)]
             extra = [
                 Value(builder, vectors.splat(builder.extract_value(arguments[1], i)))
@@ -132,7 +135,7 @@ def sum_of_squares(dtype: str) -> Any:
     def run(typing_context: Any, address: Any, count: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             address, count = arguments
-            vectors = _Vectors(builder, dtype)
+            vectors = Vectors(builder, dtype)
             wide = ir.VectorType(ir.DoubleType(), vectors.lanes)
             zero = ir.Constant(wide, [0.0] * vectors.lanes)
             slot = builder.alloca(wide)

@@ -15,6 +15,7 @@ from backprop_kernels.cuda.linear_forward import linear_forward
 from backprop_kernels.cuda.linear_wgrad import linear_wgrad
 from backprop_kernels.cuda.loss import loss
 from backprop_kernels.cuda.optimizer_step import optimizer_step
+from backprop_kernels.cuda.sparse_input import sparse_input_forward, sparse_input_wgrad
 
 __all__ = [
     "batch_norm_backward",
@@ -28,4 +29,6 @@ __all__ = [
     "linear_wgrad",
     "loss",
     "optimizer_step",
+    "sparse_input_forward",
+    "sparse_input_wgrad",
 ]

@@ -13,6 +13,7 @@ from backprop_kernels.reference.linear_wgrad import linear_wgrad
 from backprop_kernels.reference.loss import loss
 from backprop_kernels.reference.optimizer_step import optimizer_step
 from backprop_kernels.reference.program import capture
+from backprop_kernels.reference.sparse_input import sparse_input_forward, sparse_input_wgrad
 
 __all__ = [
     "batch_norm_backward",
@@ -26,4 +27,6 @@ __all__ = [
     "linear_wgrad",
     "loss",
     "optimizer_step",
+    "sparse_input_forward",
+    "sparse_input_wgrad",
 ]
