@@ -29,6 +29,7 @@ HOST_LOCAL Thread* current;
 HOST_LOCAL uint3 thread_index;
 HOST_LOCAL unsigned rank;
 uint3 block_index, block_size, grid_size;
+extern "C" { uint64_t host_ends = 0; }  // how many blocks of each end of a grid run; 0: all
 
 namespace {
 
@@ -330,8 +331,12 @@ void run_cluster(uint3 first_block, Aside& aside, uint64_t schedule) {
 
 int run_blocks(unsigned char* shared, unsigned char* shared_end, uint64_t schedule) {
     const uint64_t clusters = uint64_t(grid_size.x) / cluster_blocks * grid_size.y * grid_size.z;
-    std::vector<uint64_t> order(clusters);
-    for (uint64_t c = 0; c < clusters; ++c) order[c] = schedule & 1 ? clusters - 1 - c : c;
+    const uint64_t count = host_ends && 2 * host_ends < clusters ? 2 * host_ends : clusters;
+    std::vector<uint64_t> order(count);
+    for (uint64_t i = 0; i < count; ++i) {
+        const uint64_t c = i < (count + 1) / 2 ? i : clusters - count + i;
+        order[schedule & 1 ? count - 1 - i : i] = c;
+    }
     if (schedule && !(schedule & 1)) shuffle(order);
     for (uint64_t c : order) {
         const uint64_t b = c * cluster_blocks;  // they are neighbours in x
