@@ -43,9 +43,11 @@ void end_phase(Barrier& b) {
     b.pending = b.arrivals;
 }
 
-float element_128(uintptr_t base, unsigned row, unsigned k) {
-    const uintptr_t at = swizzled(base + row / 8 * 1024 + row % 8 * 128 + k * 2);
-    return from_bf16(*reinterpret_cast<const unsigned short*>(at));
+// Element (i, k) of an operand of wgmma: K along rows of 128 bytes, or down them.
+unsigned element_128(uintptr_t base, unsigned i, unsigned k, bool by_k) {
+    const unsigned row = by_k ? k : i, column = by_k ? i % 64 : k;
+    const uintptr_t box = by_k ? i / 64 * 8192 : 0;
+    return *reinterpret_cast<const unsigned short*>(swizzled(base + box + row * 128 + column * 2));
 }
 
 }  // namespace
@@ -108,7 +110,7 @@ void load_box_later(uintptr_t to, const void* map, uintptr_t barrier, int x, int
     expect_reachable(to, line);
     expect_reachable(barrier, line);
     bulk_copies.push_back([=] {
-        expect_reachable(to, line);
+        expect_alive(to, line);
         m.each(to, x, y, [&](uintptr_t here, unsigned char* there) {
             if (there) {
                 memcpy(reinterpret_cast<void*>(here), there, m.element_bytes);
@@ -150,14 +152,24 @@ void wait_stores(size_t pending, bool written) {
     if (written) self().land();
 }
 
-void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, int keep) {
+void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, bool a_by_k, bool b_by_k,
+                   float (*value)(unsigned), int keep) {
     const unsigned t = rank % GROUP, row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
     self().products.open.push_back([=] {
-        for (unsigned i = 0; i < columns / 2; ++i) {
-            const unsigned m = row + i % 4 / 2 * 8, n = i / 4 * 8 + column + i % 2;
-            float sum = keep ? d[i] : 0.0f;
-            for (unsigned k = 0; k < 16; ++k) sum += element_128(a, m, k) * element_128(b, n, k);
-            d[i] = sum;
+        float from_a[2][16];
+        for (unsigned h = 0; h < 2; ++h)
+            for (unsigned k = 0; k < 16; ++k) from_a[h][k] = value(element_128(a, row + h * 8, k, a_by_k));
+        for (unsigned j = 0; j < columns / 4; ++j) {
+            const unsigned n = j / 2 * 8 + column + j % 2;
+            float* const at = d + j / 2 * 4 + j % 2;  // row + 8 is two elements further
+            float sums[2] = {keep ? at[0] : 0.0f, keep ? at[2] : 0.0f};
+            for (unsigned k = 0; k < 16; ++k) {
+                const float from_b = value(element_128(b, n, k, b_by_k));
+                sums[0] += from_a[0][k] * from_b;
+                sums[1] += from_a[1][k] * from_b;
+            }
+            at[0] = sums[0];
+            at[2] = sums[1];
         }
     });
 }

@@ -57,6 +57,7 @@ struct Thread {
 
 Thread& self();
 void expect_reachable(uintptr_t address, int line);  // from any block of the cluster
+void expect_alive(uintptr_t address, int line);      // the block whose shared memory it is
 
 // Bulk copies (TMA) belong to no thread: a copy engine ends them at some time, in any order.
 bool bulk_copies_pending();

@@ -18,9 +18,11 @@ import pytest
 from backprop_kernels import cuda
 from backprop_kernels.arrays import Dropout
 from backprop_kernels.cuda import compile as nvrtc
+from backprop_kernels.cuda import tensor_map
 from backprop_kernels.operators import OPERATORS
 
 from tests.cuda_host import build, cupy_stand_in
+from tests.cuda_host.tensor_map import encode
 
 FUNCTIONS = [name for row in OPERATORS for name in row.functions]
 Place: TypeAlias = Callable[[], AbstractContextManager[None]]
@@ -32,6 +34,7 @@ def installed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", cupy_stand_in)
         patch.setattr(nvrtc, "cubin", lambda unit, arch: build.unit(unit, cupy_stand_in.THREADS))
+        patch.setattr(tensor_map, "encode", encode)
         yield
 
 

@@ -45,8 +45,11 @@ def unit(of: Unit, threads: bool = False) -> bytes:
     text = nvrtc.text(of.file)
     program = text + "\n"
     for entry in re.finditer(r"__global__[^;{]*?(\w+)\s*\([^()]*\)\s*\{", text):
-        cluster = re.search(r"__cluster_dims__\(([^,()]+)", entry[0])
-        program += f"HOST_KERNEL({entry[1]}, {cluster[1] if cluster else 1})\n"
+        found = re.search(r"__cluster_dims__\(([^,()]+)", entry[0])
+        cluster, resident = (found[1] if found else "1"), "false"
+        if "BY_TILES" in entry[0]:  # of a product: its header says how
+            cluster, resident = "CLUSTER", "RESIDENT"
+        program += f"HOST_KERNEL({entry[1]}, {cluster}, {resident})\n"
     file = Path(of.file).name
     headers = {**nvrtc.headers(), "variant.cuh": of.variant}
     return _compiled({file: program, **headers}, (file,), threads)

@@ -241,6 +241,7 @@ class Device:
 
     memory = 1 << 32  # bytes
     compute_capability = COMPUTE_CAPABILITY
+    attributes = {"MultiProcessorCount": 4}  # noqa: RUF012 (CuPy's is a dict, too)
 
     @classmethod
     def free(cls) -> int:

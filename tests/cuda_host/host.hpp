@@ -72,7 +72,8 @@ void commit_stores();
 void wait_stores(size_t pending, bool written);
 unsigned cluster_rank();
 uintptr_t in_cluster(uintptr_t address, unsigned rank, int line);
-void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, int keep);
+void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, bool a_by_k, bool b_by_k,
+                   float (*value)(unsigned), int keep);
 void commit_products(int line);
 void wait_products(size_t pending, int line);
 unsigned short to_bf16(float x);
@@ -87,7 +88,7 @@ void mma_tf32(float* d, const unsigned* a, const unsigned* b, int line);
 
 using Body = void (*)(void** arguments);
 int run(Body body, void** arguments, const unsigned* grid, const unsigned* block, unsigned cluster,
-        size_t dynamic, unsigned char* shared, unsigned char* shared_end, uint64_t schedule);
+        bool resident, size_t dynamic, unsigned char* shared, unsigned char* shared_end, uint64_t schedule);
 
 template <size_t...> struct Places {};
 template <class... A, size_t... I>
@@ -163,10 +164,11 @@ extern unsigned char __stop_host_shared[] __attribute__((weak, visibility("hidde
 }
 
 // How Python calls a kernel: run_NAME, and the size of each argument: size_NAME.
-#define HOST_KERNEL(name, cluster) \
+// A cluster's blocks run at the same time, and with `resident` those of the whole grid.
+#define HOST_KERNEL(name, cluster, resident) \
     extern "C" int run_##name(void** arguments, const unsigned* grid, const unsigned* block, \
                               size_t dynamic, uint64_t schedule) { \
-        return host::run([](void** a) { host::call(&name, a); }, arguments, grid, block, cluster, dynamic, \
-                         __start_host_shared, __stop_host_shared, schedule); \
+        return host::run([](void** a) { host::call(&name, a); }, arguments, grid, block, cluster, resident, \
+                         dynamic, __start_host_shared, __stop_host_shared, schedule); \
     } \
     extern "C" int size_##name(unsigned i) { return host::size(&name, i); }

@@ -32,6 +32,9 @@ SHARED = 48 << 10  # bytes of static shared memory that any GPU gives a block
 # Products on tensor cores: a warp's tile fills its registers; 99 KiB is what a block may ask for
 # on sm_89 and sm_120.
 TENSOR_CORES, ALL_REGISTERS, MOST_SHARED = "tensor_product.cuh", 255, 99 << 10
+# Those of Hopper, on sm_90 alone: warpgroups share out the registers that a block gets.
+HOPPER, HOPPERS_SHARED = "hopper_product.cuh", 227 << 10
+WGMMA = {"HGMMA", "UTMALDG", "UTMASTG", "STSM", "SYNCS", "USETMAXREG"}
 # Kernels that add or scale in float64 on purpose, whatever the dtype of their arrays.
 FLOAT64 = {
     "gradient_squares", "loss", "loss_cross_entropy", "loss_gaussian_nll", "loss_shares",
@@ -39,7 +42,17 @@ FLOAT64 = {
 }  # fmt: skip
 # What the inner loop of a product must be made of.
 MULTIPLIES = {"float": "FFMA", "double": "DFMA"}
-PARAMETER = {"u64": 8, "s64": 8, "b64": 8, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "f32": 4}
+PARAMETER = {
+    "u64": 8,
+    "s64": 8,
+    "b64": 8,
+    "f64": 8,
+    "u32": 4,
+    "s32": 4,
+    "b32": 4,
+    "f32": 4,
+    "b8": 1,
+}
 
 
 class Job(NamedTuple):
@@ -64,6 +77,8 @@ def expected(unit: Unit) -> set[str]:
     """Instructions that a product must have."""
     votes = "using kept = u32" in unit.variant and unit.file == "linear_forward.cu"
     bits = {"VOTE"} if votes else set()
+    if HOPPER in unit.variant:
+        return WGMMA | bits
     if not on_tensor_cores(unit):
         return {MULTIPLIES[real(unit)]} | bits
     by_element = "using stored = real" in unit.variant and unit.file == "linear_wgrad.cu"
@@ -90,7 +105,8 @@ def problems(job: Job) -> list[str]:
         each = ALL_REGISTERS if tensor_cores else REGISTERS_PER_THREAD
         if registers > min(each, REGISTERS // max(asked.threads)):
             found.append(f"{entry}: {registers} registers in {max(asked.threads)} threads")
-        if shared + asked.shared > (MOST_SHARED if tensor_cores else SHARED):
+        most = HOPPERS_SHARED if HOPPER in unit.variant else MOST_SHARED if tensor_cores else SHARED
+        if shared + asked.shared > most:
             found.append(f"{entry}: {shared} + {asked.shared} bytes of shared memory")
         if real(unit) == "float" and entry not in FLOAT64 and ".f64" in body(compiled.ptx, entry):
             found.append(f"{entry}: float64 in the PTX")
@@ -116,7 +132,8 @@ def parameter_sizes(ptx: str, entry: str) -> list[int]:
     """In bytes, from the PTX entry."""
     found = re.search(rf"\.entry {entry}\((.*?)\)\s*[.{{]", ptx, re.S)
     assert found is not None, f"no entry {entry}"
-    return [PARAMETER[kind] for kind in re.findall(r"\.param \.(\w+)", found[1])]
+    each = re.findall(r"\.param (?:\.align \d+ )?\.(\w+) \w+(?:\[(\d+)\])?", found[1])
+    return [int(count or 1) * PARAMETER[kind] for kind, count in each]
 
 
 def body(ptx: str, entry: str) -> str:

@@ -105,7 +105,7 @@ def loss_scale() -> None:
 
 
 TENSOR_CORES = [
-    Mutant("linear_dgrad.cu", "unscale ? column_sum * *unscale : column_sum", "column_sum",
+    Mutant("linear_dgrad.cu", "unscale ? total * *unscale : total", "total",
            loss_scale),
     Mutant("linear_wgrad.cu", "unscale ? *unscale : real(1)", "real(1)", loss_scale),
     Mutant("cast.cu", "values[i] * by", "values[i] / by", loss_scale),

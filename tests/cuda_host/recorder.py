@@ -15,6 +15,7 @@ from backprop_kernels import cuda
 from backprop_kernels.activations import ACTIVATIONS, saved_beside
 from backprop_kernels.arrays import Dropout
 from backprop_kernels.cuda import compile as nvrtc
+from backprop_kernels.cuda import tensor_map, tiles
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.cuda.stepping import Stepping
@@ -22,6 +23,7 @@ from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
 
 from tests.cuda_host import cupy_stand_in as stand_in
+from tests.cuda_host.tensor_map import encode
 
 
 @dataclass
@@ -68,6 +70,7 @@ def recording() -> Iterator[Record]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", cupy)
         patch.setattr(nvrtc, "cubin", cubin)
+        patch.setattr(tensor_map, "encode", encode)
         yield record
 
 
@@ -98,7 +101,10 @@ EACH_TILE = ((8, 4), (4096, 256), (8192, 4))
 
 
 def products(
-    precision: str, activations: Sequence[str], sizes: Sequence[tuple[int, int]] = EACH_TILE
+    precision: str,
+    activations: Sequence[str],
+    sizes: Sequence[tuple[int, int]] = EACH_TILE,
+    terms: int = 3,
 ) -> Record:
     """The record of the linear layers in a precision, also into float32."""
     with recording() as record:
@@ -106,16 +112,23 @@ def products(
         stored, real = np.dtype(backend.precision.stored), np.dtype(backend.precision.real)
         drop = Dropout(0.5, _empty(np.dtype(np.int64), 2), 1)
         for rows, columns in sizes:
-            A, B = _empty(stored, rows, 3), _empty(stored, columns, 3)
+            A, B = _empty(stored, rows, terms), _empty(stored, columns, terms)
             b = _empty(real, columns)
             for activation in activations:
                 backend.linear_forward(A, B, b, activation, drop)
                 saved = _saved(stored, activation, rows, columns)
-                backend.linear_dgrad(A, _empty(stored, 3, columns), saved, activation, drop)
+                backend.linear_dgrad(A, _empty(stored, terms, columns), saved, activation, drop)
             backend.linear_forward(A, B, out=(_empty(real, rows, columns), None))
-            backend.linear_wgrad(_empty(stored, 3, rows), _empty(stored, 3, columns))
+            backend.linear_wgrad(_empty(stored, terms, rows), _empty(stored, terms, columns))
         backend.cast(_empty(real, 8), _empty(stored, 8))
     return record
+
+
+def hopper_products(precision: str, activations: Sequence[str]) -> Record:
+    """The same by the tiles for Hopper, whatever the size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "ENOUGH_BLOCKS", 1)
+        return products(precision, activations, ((8, 8),), terms=8)
 
 
 def whole() -> tuple[Sequence[str], Sequence[str], Sequence[str], Sequence[str]]:

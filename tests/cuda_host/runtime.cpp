@@ -1,5 +1,5 @@
-// The execution model of CUDA on one CPU core: a block (or cluster of blocks) at a time, its threads
-// as fibers.
+// The execution model of CUDA on one CPU core: a block, a cluster of blocks, or a whole grid of blocks
+// that wait for one another, at a time; its threads as fibers.
 //
 // A fiber runs until it waits: at __syncthreads, at a warp or warpgroup collective, or polling an
 // mbarrier. `schedule` decides who runs next: 0 in turn; odd: each warp as far ahead as it can get;
@@ -34,13 +34,13 @@ extern "C" { uint64_t host_ends = 0; }  // how many blocks of each end of a grid
 namespace {
 
 constexpr size_t STACK = 64 << 10, PAGE = 4096;
-constexpr unsigned MOST_THREADS = 1024, MOST_BLOCKS = 8;  // of a block, of a cluster
+constexpr unsigned MOST_THREADS = 1024, MOST_BLOCKS = 8;  // of a block, at the same time
 constexpr int SECONDS = 120;  // of CPU time, after which a kernel counts as stuck
 
-// Of a whole cluster, its blocks one after the other. Static shared memory is at one address for all:
-// that of the block that runs; the others' is kept aside.
+// Of all blocks that run at the same time, one after the other. Static shared memory is at one address
+// for all: that of the block that runs; the others' is kept aside.
 std::vector<Thread> threads;
-unsigned block_threads, cluster_blocks;
+unsigned block_threads, cluster_blocks, group_blocks;
 std::vector<unsigned char> dynamic_memory;
 unsigned char* dynamic_start;
 size_t dynamic_stride;
@@ -64,29 +64,42 @@ template <class T> void shuffle(std::vector<T>& order) {
 
 void poison(unsigned char* shared, unsigned char* shared_end) {
     if (shared != shared_end) memset(shared, 0xff, shared_end - shared);
-    memset(dynamic_start, 0xff, cluster_blocks * dynamic_stride);
+    memset(dynamic_start, 0xff, group_blocks * dynamic_stride);
 }
 
 unsigned number_of(const Thread& thread) { return static_cast<unsigned>(&thread - threads.data()); }
 
+uint3 place_in_grid(uint64_t block) {
+    return {unsigned(block % grid_size.x), unsigned(block / grid_size.x % grid_size.y),
+            unsigned(block / grid_size.x / grid_size.y)};
+}
+
+unsigned block_in_group() { return number_of(*current) / block_threads; }
+
 }  // namespace
 
-unsigned cluster_rank() { return number_of(*current) / block_threads; }
+unsigned cluster_rank() { return block_in_group() % cluster_blocks; }
 
-unsigned char* dynamic_shared() { return dynamic_start + cluster_rank() * dynamic_stride; }
+unsigned char* dynamic_shared() { return dynamic_start + block_in_group() * dynamic_stride; }
 
 uintptr_t in_cluster(uintptr_t address, unsigned to, int line) {
     if (to >= cluster_blocks) fail("a rank beyond the cluster", line);
     expect_reachable(address, line);
-    const auto own = reinterpret_cast<uintptr_t>(dynamic_shared());
-    return address - own + reinterpret_cast<uintptr_t>(dynamic_start + to * dynamic_stride);
+    return address + to * dynamic_stride - cluster_rank() * dynamic_stride;
 }
 
 void expect_reachable(uintptr_t address, int line) {
     if (cluster_blocks == 1) return;
     const uintptr_t offset = address - reinterpret_cast<uintptr_t>(dynamic_start);
-    if (offset >= cluster_blocks * dynamic_stride)
+    const uintptr_t first = (block_in_group() - cluster_rank()) * dynamic_stride;
+    if (offset - first >= cluster_blocks * dynamic_stride)
         fail("a cluster reaches the emulator's dynamic shared memory only", line);
+    expect_alive(address, line);
+}
+
+void expect_alive(uintptr_t address, int line) {
+    const uintptr_t offset = address - reinterpret_cast<uintptr_t>(dynamic_start);
+    if (offset >= group_blocks * dynamic_stride) return;  // static: the own block's
     const auto first = threads.begin() + static_cast<std::ptrdiff_t>(offset / dynamic_stride * block_threads);
     if (std::all_of(first, first + block_threads, [](const Thread& t) { return t.state == DONE; }))
         fail("shared memory of a block that has ended", line);
@@ -159,8 +172,7 @@ int run_blocks(unsigned char* shared, unsigned char* shared_end, uint64_t) {
             for (uint64_t b = 0; b < blocks; ++b) {
                 block_barrier.wait();
                 if (i == 0) {
-                    block_index = {unsigned(b % grid_size.x), unsigned(b / grid_size.x % grid_size.y),
-                                   unsigned(b / grid_size.x / grid_size.y)};
+                    block_index = place_in_grid(b);
                     poison(shared, shared_end);
                 }
                 block_barrier.wait();
@@ -229,11 +241,11 @@ void prepare(Thread& thread, unsigned i) {
     thread.stack = top;
 }
 
-// The static shared memory of each block of a cluster, while another one's is in place.
+// The static shared memory of each block, while another one's is in place.
 class Aside {
 public:
     Aside(unsigned char* shared, unsigned char* shared_end)
-        : shared_(shared), size_(shared_end - shared), kept_(cluster_blocks, Bytes(shared, shared_end)) {}
+        : shared_(shared), size_(shared_end - shared), kept_(group_blocks, Bytes(shared, shared_end)) {}
     void bring(unsigned block) {
         if (block == here_) return;
         memcpy(kept_[here_].data(), shared_, size_);
@@ -248,13 +260,13 @@ private:
     unsigned here_ = 0;
 };
 
-void resume(Thread& thread, uint3 first_block, Aside& aside) {
+void resume(Thread& thread, uint64_t first_block, Aside& aside) {
     thread.state = READY;
     current = &thread;
     thread_index = thread.index;
     rank = number_of(thread) % block_threads;
-    block_index = {first_block.x + cluster_rank(), first_block.y, first_block.z};
-    aside.bring(cluster_rank());
+    block_index = place_in_grid(first_block + block_in_group());
+    aside.bring(block_in_group());
     host_switch(&scheduler_stack, thread.stack);
 }
 
@@ -278,7 +290,7 @@ bool release(State barrier, unsigned first, unsigned last, const char* name) {
     return true;
 }
 
-void run_cluster(uint3 first_block, Aside& aside, uint64_t schedule) {
+void run_group(uint64_t first_block, Aside& aside, uint64_t schedule) {
     const unsigned count = threads.size(), warps = count / WARP;
     for (unsigned i = 0; i < count; ++i) prepare(threads[i], i);
     std::vector<unsigned> warp_order(warps), lanes(WARP);
@@ -312,7 +324,9 @@ void run_cluster(uint3 first_block, Aside& aside, uint64_t schedule) {
                 moved |= release(AT_GROUP_BARRIER, g, std::min(g + GROUP, end), "a warpgroup instruction");
             moved |= release(AT_BLOCK_BARRIER, first, end, "__syncthreads");
         }
-        moved |= release(AT_CLUSTER_BARRIER, 0, count, "cluster_sync");
+        const unsigned together = cluster_blocks * block_threads;
+        for (unsigned first = 0; first < count; first += together)
+            moved |= release(AT_CLUSTER_BARRIER, first, first + together, "cluster_sync");
         for (const Thread& thread : threads) done += thread.state == DONE;
         if (done == count) break;
         if (bulk_copies_pending() && (!moved || !schedule || next_random() % 3 == 0)) {
@@ -330,20 +344,18 @@ void run_cluster(uint3 first_block, Aside& aside, uint64_t schedule) {
 }
 
 int run_blocks(unsigned char* shared, unsigned char* shared_end, uint64_t schedule) {
-    const uint64_t clusters = uint64_t(grid_size.x) / cluster_blocks * grid_size.y * grid_size.z;
-    const uint64_t count = host_ends && 2 * host_ends < clusters ? 2 * host_ends : clusters;
+    const uint64_t groups = uint64_t(grid_size.x) * grid_size.y * grid_size.z / group_blocks;
+    const uint64_t count = host_ends && 2 * host_ends < groups ? 2 * host_ends : groups;
     std::vector<uint64_t> order(count);
     for (uint64_t i = 0; i < count; ++i) {
-        const uint64_t c = i < (count + 1) / 2 ? i : clusters - count + i;
-        order[schedule & 1 ? count - 1 - i : i] = c;
+        const uint64_t g = i < (count + 1) / 2 ? i : groups - count + i;
+        order[schedule & 1 ? count - 1 - i : i] = g;
     }
     if (schedule && !(schedule & 1)) shuffle(order);
-    for (uint64_t c : order) {
-        const uint64_t b = c * cluster_blocks;  // they are neighbours in x
+    for (uint64_t g : order) {
         poison(shared, shared_end);
         Aside aside(shared, shared_end);
-        run_cluster({unsigned(b % grid_size.x), unsigned(b / grid_size.x % grid_size.y),
-                     unsigned(b / grid_size.x / grid_size.y)}, aside, schedule);
+        run_group(g * group_blocks, aside, schedule);
     }
     return 0;
 }
@@ -414,7 +426,7 @@ int run_guarded(unsigned char* shared, unsigned char* shared_end, uint64_t sched
 }  // namespace
 
 int run(Body body, void** arguments, const unsigned* grid, const unsigned* block, unsigned cluster,
-        size_t dynamic, unsigned char* shared, unsigned char* shared_end, uint64_t schedule) {
+        bool resident, size_t dynamic, unsigned char* shared, unsigned char* shared_end, uint64_t schedule) {
     const unsigned count = block[0] * block[1] * block[2];
     if (count == 0 || count > MOST_THREADS || count % WARP) {
         snprintf(message, sizeof message, "expected a block of whole warps, at most 1024 threads, got %u", count);
@@ -429,6 +441,11 @@ int run(Body body, void** arguments, const unsigned* grid, const unsigned* block
                  MOST_BLOCKS, grid[0]);
         return 1;
     }
+    const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
+    if (resident && blocks > MOST_BLOCKS) {
+        snprintf(message, sizeof message, "expected at most %u blocks that wait for one another", MOST_BLOCKS);
+        return 1;
+    }
     kernel_body = body;
     kernel_arguments = arguments;
     grid_size = {grid[0], grid[1], grid[2]};
@@ -436,10 +453,11 @@ int run(Body body, void** arguments, const unsigned* grid, const unsigned* block
     random_state = schedule * 0x9e3779b97f4a7c15ull + 1;
     block_threads = count;
     cluster_blocks = cluster;
+    group_blocks = resident ? unsigned(blocks) : cluster;
     dynamic_stride = (dynamic + 1023) & ~size_t{1023};
-    dynamic_memory.resize(cluster * dynamic_stride + 1024);
+    dynamic_memory.resize(group_blocks * dynamic_stride + 1024);
     dynamic_start = dynamic_memory.data() + (-reinterpret_cast<uintptr_t>(dynamic_memory.data()) & 1023);
-    threads.resize(cluster * count);
+    threads.resize(group_blocks * count);
     for (unsigned t = 0; t < threads.size(); ++t) {
         const unsigned i = t % count;
         threads[t].index = {i % block[0], i / block[0] % block[1], i / block[0] / block[1]};

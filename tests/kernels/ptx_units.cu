@@ -179,9 +179,9 @@ exchange(const __grid_constant__ TensorMap map, unsigned short* out, int rows) {
     cluster_sync();
 }
 
-// D (64, N) = A (64, K) B (N, K)ᵀ: a producer warpgroup fetches strips of 64 columns into a ring of
-// two, a consumer warpgroup multiplies them.
-template <int N>
+// D (64, N) = A (64, K) B (N, K)ᵀ, stored as K x 64 or K x N where BY_K: a producer warpgroup fetches
+// boxes of 64 x 64 into a ring of two, a consumer warpgroup multiplies them.
+template <int N, bool A_BY_K, bool B_BY_K, bool HALF>
 static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b, float* D, int K) {
     constexpr int STAGES = 2, A_BYTES = 64 * 128, B_BYTES = N * 128;
     DYNAMIC_SHARED(shared);
@@ -204,8 +204,9 @@ static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b,
                 const shared_t at = s + stage * (A_BYTES + B_BYTES), barrier = shared_address(&full[stage]);
                 barrier_wait(shared_address(&free[stage]), (i / STAGES & 1) ^ 1);
                 barrier_expect(barrier, A_BYTES + B_BYTES);
-                load_box(at, &map_a, barrier, i * 64, 0);
-                load_box(at + A_BYTES, &map_b, barrier, i * 64, 0);
+                load_box(at, &map_a, barrier, A_BY_K ? 0 : i * 64, A_BY_K ? i * 64 : 0);
+                for (int n = 0; n < N; n += 64)
+                    load_box(at + A_BYTES + n * 128, &map_b, barrier, B_BY_K ? n : i * 64, B_BY_K ? i * 64 : n);
             }
         }
     } else {
@@ -217,10 +218,15 @@ static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b,
             barrier_wait(shared_address(&full[stage]), i / STAGES & 1);
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < 4; ++k)
-                wgmma_bf16(d, rows_of_128(at + k * 32), rows_of_128(at + A_BYTES + k * 32), (i | k) != 0);
+            for (int k = 0; k < 4; ++k) {
+                const u64 a = A_BY_K ? columns_of_128(at + k * 2048) : rows_of_128(at + k * 32);
+                const u64 b = B_BY_K ? columns_of_128(at + A_BYTES + k * 2048) : rows_of_128(at + A_BYTES + k * 32);
+                if constexpr (HALF) wgmma_fp16<A_BY_K, B_BY_K>(d, a, b, (i | k) != 0);
+                else wgmma_bf16<A_BY_K, B_BY_K>(d, a, b, (i | k) != 0);
+            }
             wgmma_commit();
             wgmma_wait<0>();
+            group_sync(1);
             if (threadIdx.x == 128) barrier_arrive(shared_address(&free[stage]));
         }
         const int t = threadIdx.x - 128, row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
@@ -231,16 +237,72 @@ static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b,
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
-group_product_64(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<64>(a, b, D, K);
+group_product_bf16_64(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<64, false, false, false>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
-group_product_128(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<128>(a, b, D, K);
+group_product_bf16_64_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<64, true, true, false>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
-group_product_256(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<256>(a, b, D, K);
+group_product_fp16_64(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<64, false, false, true>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_bf16_128(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128, false, false, false>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_bf16_128_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128, true, true, false>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_bf16_128_a_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128, true, false, false>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_bf16_128_b_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128, false, true, false>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_fp16_128(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128, false, false, true>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_fp16_128_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128, true, true, true>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_fp16_128_a_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128, true, false, true>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_fp16_128_b_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128, false, true, true>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_bf16_256(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<256, false, false, false>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_bf16_256_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<256, true, true, false>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_fp16_256(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<256, false, false, true>(a, b, D, K);
+}
+
+// Blocks in the reverse of their order, each behind the number that is written.
+constexpr int CLUSTER = 1;
+constexpr bool RESIDENT = true;
+#define BY_TILES
+extern "C" __global__ void BY_TILES in_turn(u32* turn, long long* order) {
+    if (threadIdx.x) return;
+    const u32 mine = gridDim.x - 1 - blockIdx.x;
+    wait_turn(turn, mine);
+    *order = *order * 10 + blockIdx.x;
+    pass_turn(turn, mine + 1);
 }
 
 #endif

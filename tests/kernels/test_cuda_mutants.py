@@ -24,6 +24,7 @@ from backprop_kernels.reference.epilogue import as_bits
 from tests import saved as kept
 from tests.cuda_host import build
 from tests.cuda_host.backend import backend
+from tests.cuda_host.hopper_mutants import HOPPER
 from tests.cuda_host.mutants import (
     BARRIER,
     F32,
@@ -312,14 +313,14 @@ MUTANTS = [
            products),
     Mutant("product.cuh", "[column]);\n        }\n        " + BARRIER, "[column]);\n        }",
            products),
-    Mutant("linear_forward.cu", "b && inside ? sum + b[n] : sum", "sum", products),
+    Mutant("linear_forward.cu", "b && n < N ? sum + b[n] : sum", "sum", products),
     Mutant("corner.cuh", "(N + T::N - 1) / T::N", "(N + 1) / T::N", many_rows),
     Mutant("corner.cuh", "(M + T::M - 1) / T::M", "M / T::M", many_rows),
     Mutant("corner.cuh", "first * across", "first", many_rows),
     Mutant("corner.cuh", "min(GROUP, down - first)", "max(GROUP, down - first)",
            many_rows),
-    Mutant("linear_wgrad.cu", "min(k0 + rows_per_split, K)", "k0 + rows_per_split", products),
-    Mutant("linear_wgrad.cu", "blockIdx.y * M * N", "blockIdx.y * M", products),
+    Mutant("one_tile.cuh", "min(k0 + runs.length, K)", "k0 + runs.length", products),
+    Mutant("one_tile.cuh", "blockIdx.y * M * N", "blockIdx.y * M", products),
     Mutant("stepping.cu", "state[STEPS] + 1, state", "state[STEPS], state", steps),
     Mutant("stepping.cu", "stream[1] = (long long)state[STEPS]", "stream[1] = 0", steps),
     Mutant("stepping.cu", "state[RATE] * o[0]", "state[RATE]", steps),
@@ -329,9 +330,10 @@ MUTANTS = [
     Mutant("stepping.cu", " && state[APPLIED] == 0", "", steps),
     Mutant("stepping.cu", "if (i < words && state", "if (i < words - 300 && state", steps),
     Mutant("stepping.cu", "if (i < words) before", "if (i < 256) before", steps),
-    Mutant("linear_dgrad.cu", "= column_sum;\n    " + BARRIER, "= column_sum;", products),
-    Mutant("linear_dgrad.cu", "i = 1; i < PARTS", "i = 2; i < PARTS", products),
+    Mutant("one_tile.cuh", "= total;\n        " + BARRIER, "= total;", products),
+    Mutant("one_tile.cuh", "i = 1; i < PARTS", "i = 2; i < PARTS", products),
     *TENSOR_CORES,
+    *HOPPER,
 ]  # fmt: skip
 
 

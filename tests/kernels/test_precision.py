@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from backprop_kernels.errors import KindError, OptionError
 from backprop_kernels.precisions import PRECISIONS, round_to, widen
 from backprop_kernels.reference.epilogue import as_bits
 
-from tests.cuda_host import build
+from tests.cuda_host import build, hopper
 from tests.cuda_host.backend import adapter, installed, on_gpu
 from tests.gpu import GPU
 from tests.guarded import Guards
@@ -31,6 +32,9 @@ NAMES = ("bf16", "fp16", "tf32", "bf16x3", "bf16x6")
 OPERATORS = ("linear_forward", "linear_dgrad", "linear_wgrad")
 F32 = np.dtype(np.float32)
 # (batch, in_features, out_features): whole tiles, rows on 16 bytes, ragged, tiny, long sums.
+WHOLE_ROWS = (  # all on 16 bytes
+    (64, 64, 64), (8, 8, 8), (1, 16, 8), (200, 72, 136), (130, 328, 40), (300, 8, 264),
+)  # fmt: skip
 SHAPES = (
     (64, 64, 64), (1, 1, 1), (3, 8, 16), (65, 40, 72), (67, 33, 65), (130, 136, 24), (33, 7, 129),
     (17, 257, 3), (600, 16, 8), (0, 5, 3), (5, 0, 3),
@@ -111,7 +115,8 @@ def cases(*short: tuple[str, str, str]) -> list[Any]:
     return [
         pytest.param(name, precision, tile, id=f"{name}-{precision}-{tile.name}",
                      marks=[] if (name, precision, tile.name) in short else [pytest.mark.long])
-        for name in OPERATORS for precision in NAMES for tile in TILES[precision]
+        for name in OPERATORS for precision in NAMES
+        for tile in (*TILES[precision], *(hopper.TINY if precision in ("bf16", "fp16") else ()))
     ]  # fmt: skip
 
 
@@ -120,9 +125,13 @@ def one_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Let every product use this tile."""
 
     def only(tile: tiles.Tile) -> None:
-        monkeypatch.setattr(tiles, "TILES", dict.fromkeys(tiles.TILES, (tile,)))
+        if tile.generation == "hopper":
+            stack.enter_context(hopper.on_hopper(tile))
+        else:
+            monkeypatch.setattr(tiles, "TILES", dict.fromkeys(tiles.TILES, (tile,)))
 
-    yield only
+    with ExitStack() as stack:
+        yield only
 
 
 @pytest.mark.parametrize(
@@ -132,6 +141,7 @@ def one_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ("linear_wgrad", "bf16", "small"), ("linear_forward", "fp16", "small"),
         ("linear_dgrad", "tf32", "small"), ("linear_wgrad", "tf32", "small"),
         ("linear_forward", "bf16x6", "small"), ("linear_wgrad", "bf16x3", "small"),
+        ("linear_forward", "fp16", "tall, in turn"), ("linear_wgrad", "bf16", "in clusters"),
     ),
 )  # fmt: skip
 def test_products(products: Any, one_tile: Any, name: str, precision: str, tile: Any) -> None:
@@ -140,7 +150,7 @@ def test_products(products: Any, one_tile: Any, name: str, precision: str, tile:
     rng = np.random.default_rng(0)
     row = PRECISIONS[precision]
     unit = 2.0**-row.digits
-    for sizes in SHAPES:
+    for sizes in WHOLE_ROWS if tile.generation == "hopper" else SHAPES:
         A, B, product = factors(name, rng, sizes, whole=True)
         exact = product(A, B)
         C = run(products[precision], name, stored(A, precision), stored(B, precision), exact.shape)
@@ -215,9 +225,8 @@ def test_epilogue_is_that_of_the_other_kernels(
 
     dZ = rng.standard_normal((70, 19)).astype(np.float32)
     kept = widen(stored(rng.standard_normal((70, 24)), precision))
-    below = (
-        as_kept(products[precision], activation, stored(kept, precision)), activation, drop
-    )  # fmt: skip
+    bits = as_kept(products[precision], activation, kept)
+    below = (stored(kept, precision) if bits is kept else bits), activation, drop
     dZ_prev, db_prev = products[precision].linear_dgrad(stored(dZ, precision), given[1], *below)
     true = reference.linear_dgrad(
         operands(stored(dZ, precision), precision), values[1], kept.astype(float), *below[1:]
@@ -300,7 +309,7 @@ def test_choice_explains_itself() -> None:
         "linear_forward of 256 × 10 elements, 784 terms each, in float32: ordinary arithmetic, "
         "8 block(s) of 32 × 32, the smallest tile, as no tile gives 64 blocks"
     )
-    many = choose("linear_wgrad", 4096, 4096, 8192, "bf16", 90)
+    many = choose("linear_wgrad", 4096, 4096, 8192, "bf16", 80)
     assert (many.tile.generation, many.tile.name) == ("ampere", "wide")
     assert "tensor cores by mma.sync, 512 block(s) of 128 × 256" in many.why
     assert choose("linear_wgrad", 4096, 4096, 8192, "bf16", 120) == many  # the same bits

@@ -15,11 +15,11 @@ from backprop_kernels.arrays import Array
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.launch import launch
+from backprop_kernels.cuda.tensor_map import tensor_map
 
 from tests.cuda_host import build
 from tests.cuda_host.backend import installed
 from tests.cuda_host.machine_code import NEEDS_NVRTC, instructions
-from tests.cuda_host.tensor_map import tensor_map
 from tests.gpu import GPU
 
 UNITS = Unit(str(Path(__file__).parent / "ptx_units.cu"), "")
@@ -173,7 +173,7 @@ def swizzled(box: Array) -> Array:
 def test_box_lies_swizzled_and_zero_outside(cupy: Any, x: int, y: int) -> None:
     rows, data = 24, RNG.integers(1, 2**16, (40, 136)).astype(np.uint16)
     placed = cupy.asarray(data)
-    map_ = tensor_map(placed, rows)
+    map_ = tensor_map(placed, (rows, 64), swizzled=True)
     (out,) = run(
         cupy, "box", map_, np.zeros((rows, 64), np.uint16), np.int32(x), np.int32(y),
         np.int32(rows), threads=64, shared=rows * 128,
@@ -189,8 +189,8 @@ def test_box_is_written_where_it_lies_inside(cupy: Any, x: int, y: int) -> None:
     rows, data = 16, RNG.integers(1, 2**16, (2 * 16, 64)).astype(np.uint16)
     placed = cupy.zeros((40, 136), np.uint16)
     run(
-        cupy, "unbox", tensor_map(placed, rows), swizzled(data), np.int32(x), np.int32(y),
-        np.int32(rows), threads=64, shared=rows * 128,
+        cupy, "unbox", tensor_map(placed, (rows, 64), swizzled=True), swizzled(data), np.int32(x),
+        np.int32(y), np.int32(rows), threads=64, shared=rows * 128,
     )  # fmt: skip
     expected = np.zeros((200, 400), np.uint16)
     expected[50 + y : 50 + y + 2 * rows, 100 + x : 100 + x + 64] = data
@@ -204,25 +204,45 @@ def test_blocks_of_a_cluster_share_what_one_fetches(cupy: Any) -> None:
     out = cupy.zeros((blocks, 2 * rows, 64), np.uint16)
     shared = 2 * rows * 128 + 16
     launch(
-        UNITS, "exchange", (blocks,), (64,), tensor_map(placed, rows), out, np.int32(rows),
-        shared=shared,
+        UNITS, "exchange", (blocks,), (64,), tensor_map(placed, (rows, 64), swizzled=True), out,
+        np.int32(rows), shared=shared,
     )  # fmt: skip
     for block, got in enumerate(out.get()):
         assert np.array_equal(swizzled(got - np.uint16(1 - block % 2)), data), block
 
 
-@pytest.mark.parametrize("columns", [64, 128, 256])
 @pytest.mark.parametrize("depth", [64, 72, 200, 320])
-def test_warpgroup_product_behind_a_ring_of_boxes(cupy: Any, columns: int, depth: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "columns", "a_by_k", "b_by_k"),
+    [
+        *((kind, 128, a, b) for kind in ("bf16", "fp16") for a in (0, 1) for b in (0, 1)),
+        ("bf16", 64, 0, 0), ("bf16", 64, 1, 1), ("bf16", 256, 0, 0), ("bf16", 256, 1, 1),
+        ("fp16", 64, 0, 0), ("fp16", 256, 0, 0),
+    ],
+)  # fmt: skip
+def test_warpgroup_product_behind_a_ring_of_boxes(
+    cupy: Any, kind: str, columns: int, a_by_k: int, b_by_k: int, depth: int
+) -> None:
     A, B = whole(64, depth), whole(columns, depth)
-    placed = [cupy.asarray(bf16(M)) for M in (A, B)]
-    maps = [tensor_map(placed[0], 64), tensor_map(placed[1], columns)]
+    stored = bf16 if kind == "bf16" else lambda x: x.astype(np.float16)
+    ways = ["", "_b_by_k", "_a_by_k", "_by_k"][2 * a_by_k + b_by_k]
+    placed = [
+        cupy.asarray(np.ascontiguousarray(stored(M).T if by_k else stored(M)))
+        for M, by_k in ((A, a_by_k), (B, b_by_k))
+    ]
+    maps = [tensor_map(matrix, (64, 64), swizzled=True) for matrix in placed]
     D = np.full((64, columns), np.nan, np.float32)
     (D,) = run(
-        cupy, f"group_product_{columns}", *maps, D, np.int32(depth), threads=256,
+        cupy, f"group_product_{kind}_{columns}{ways}", *maps, D, np.int32(depth), threads=256,
         shared=2 * (64 + columns) * 128,
     )  # fmt: skip
     assert np.array_equal(D, A @ B.T)
+
+
+def test_blocks_take_turns(cupy: Any) -> None:
+    turn, order = cupy.zeros(1, np.uint32), cupy.zeros(1, np.int64)
+    launch(UNITS, "in_turn", (4,), (32,), turn, order)
+    assert (turn.get()[0], order.get()[0]) == (4, 3210)
 
 
 AMPERE = {"HMMA", "LDSM", "LDGSTS"}

@@ -17,6 +17,7 @@ import numpy as np
 from backprop_kernels.arrays import Array
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.cuda.tensor_map import TensorMap
 from backprop_kernels.errors import DeviceMemoryError, KindError, ShapeError
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
@@ -44,12 +45,13 @@ def launch(
     """Run a kernel, or add it to the capture that this thread is making.
 
     arguments: device arrays and None go as pointers, Python integers as `long long`, NumPy scalars
-    and NumPy arrays of one element by value.
+    and NumPy arrays of one element by value, tensor maps too.
     """
     grid = (*grid, 1, 1)[:3]
     if any(n > most for n, most in zip(grid, LARGEST_GRID, strict=True)):
         raise ShapeError(f"{entry}: expected a grid of at most {LARGEST_GRID}, got {grid}")
-    arrays = tuple(a for a in arguments if is_array(a))
+    given = [a.matrix if isinstance(a, TensorMap) else a for a in arguments]
+    arrays = tuple(a for a in given if is_array(a))
     device = arrays[0].device.id if arrays else cupy().cuda.Device().id
     with cupy().cuda.Device(device):
         function = _function(unit, entry, device, cupy())
@@ -185,6 +187,11 @@ def capability(array: Array) -> int:
     return int(cupy().cuda.Device(array.device.id).compute_capability)
 
 
+def multiprocessors(array: Array) -> int:
+    """Of the GPU that holds `array`."""
+    return int(cupy().cuda.Device(array.device.id).attributes["MultiProcessorCount"])
+
+
 @cache
 def _function(unit: Unit, entry: str, device: int, cupy: Any) -> Any:
     return _module(unit, device, cupy).get_function(entry)
@@ -210,6 +217,8 @@ def _word(entry: str, value: Any) -> Any:
         return np.uint64(0)
     if is_array(value):
         return np.uint64(value.data.ptr)
+    if isinstance(value, TensorMap):
+        return value.encoded
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size == 1):
         return value  # an array of one goes by value: a structure
     if isinstance(value, int) and not isinstance(value, bool):

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.cuda.by_tiles import grid, read, written
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import SAVES_BITS, column_sums, dropout_arguments, variant
 from backprop_kernels.cuda.launch import capability, empty, launch, on_device
+from backprop_kernels.cuda.tensor_map import can_map
 from backprop_kernels.cuda.tiles import choose
+from backprop_kernels.precisions import PRECISIONS
 
 
 def linear_dgrad(
@@ -34,24 +37,25 @@ def dgrad(
     `unscale` is its inverse, on the device, and db_prev is the true one."""
     checks.linear_dgrad(dZ, W, saved, activation, dropout, out, precision, SAVES_BITS)
     (batch, out_features), in_features = dZ.shape, W.shape[1]
-    choice = choose(
-        "linear_dgrad", batch, in_features, out_features, precision or str(dZ.dtype),
-        capability(dZ),
-    )  # fmt: skip
-    real = choice.precision.real
+    real = PRECISIONS[precision or str(dZ.dtype)].real
     dZ_prev, db_prev = out or (None, empty((in_features,), real))
     on_device("linear_dgrad", dZ=dZ, W=W, saved=saved, out_dZ_prev=dZ_prev, out_db_prev=db_prev)
     if dZ_prev is None:
         dZ_prev = empty((batch, in_features), dZ.dtype)
+    choice = choose(
+        "linear_dgrad", batch, in_features, out_features, precision or str(dZ.dtype),
+        capability(dZ), can_map(dZ, W, dZ_prev),
+    )  # fmt: skip
+    tile = choice.tile
     partial = None
     if db_prev is not None:
-        partial = empty((-(-batch // choice.tile.rows), in_features), real)
+        partial = empty((-(-batch // tile.summed_rows), in_features), real)
     if dZ_prev.size:
         launch(
             Unit("linear_dgrad.cu", variant(real, activation, choice.types)), "linear_dgrad",
-            (choice.blocks,), (choice.tile.threads,), dZ, W, saved, unscale, dZ_prev, partial,
-            batch, in_features, out_features, *dropout_arguments(dropout, real),
-            shared=choice.tile.shared,
+            grid(choice, batch, in_features, 1, dZ), (tile.threads,), read(tile, dZ),
+            read(tile, W), saved, unscale, written(tile, dZ_prev), partial, batch, in_features,
+            out_features, *dropout_arguments(dropout, real), shared=tile.shared,
         )  # fmt: skip
     if partial is not None:
         column_sums(partial, db_prev)

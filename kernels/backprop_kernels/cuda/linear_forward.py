@@ -8,9 +8,11 @@ from __future__ import annotations
 from backprop_kernels import checks
 from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.cuda.by_tiles import grid, read, written
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import SAVES_BITS, dropout_arguments, variant
 from backprop_kernels.cuda.launch import capability, empty, launch, on_device
+from backprop_kernels.cuda.tensor_map import can_map
 from backprop_kernels.cuda.tiles import choose
 
 
@@ -42,14 +44,15 @@ def forward(
     if Y.size:
         choice = choose(
             "linear_forward", batch, out_features, in_features, precision or str(X.dtype),
-            capability(X),
+            capability(X), can_map(X, W, Y),
         )  # fmt: skip
+        tile = choice.tile
         result = "using result = stored;" if Y.dtype == X.dtype else "using result = real;"
         real = choice.precision.real
         launch(
             Unit("linear_forward.cu", variant(real, activation, (*choice.types, result))),
-            "linear_forward", (choice.blocks,), (choice.tile.threads,), X, W, b, Y, kept, batch,
-            out_features, in_features, *dropout_arguments(dropout, real),
-            shared=choice.tile.shared,
+            "linear_forward", grid(choice, batch, out_features, 1, X), (tile.threads,),
+            read(tile, X), read(tile, W), b, written(tile, Y), kept, batch, out_features,
+            in_features, *dropout_arguments(dropout, real), shared=tile.shared,
         )  # fmt: skip
     return Y, saved

@@ -2,23 +2,20 @@
 //
 // dZ (batch, out_features), X (batch, in_features)                                      read
 // unscale () or null: makes a true dW of a dZ that is multiplied by the loss scale      read
-// dW (splits, out_features, in_features)                                                written
-// The batch is cut into `splits` runs of `rows_per_split`; with more than one, dW is a workspace
-// whose slices column_sums.cu adds in order.
-// M = out_features, N = in_features, K = batch. One block per tile of dW (grid x) and split (grid y).
+// dW (slices, out_features, in_features)                                                written
+// The batch is cut into runs of `rows_per_run`. Their sums are slices that column_sums.cu adds in order,
+// or (hopper_product.cuh) go through `unfinished`, in the order that `turns` counts.
+// M = out_features, N = in_features, K = batch. By tiles of dW.
 #include "variant.cuh"
 #include PRODUCT
 
-extern "C" __global__ void __launch_bounds__(Tile::THREADS, 1)
-linear_wgrad(const stored* dZ, const stored* X, const real* unscale, real* dW, long long M,
-             long long N, long long K, long long rows_per_split) {
-    const Corner at = corner<Tile>(blockIdx.x, M, N);
-    const long long k0 = blockIdx.y * rows_per_split, k_end = min(k0 + rows_per_split, K);
-    Sums sums;
-    multiply<true, true>(dZ, M, X, N, M, N, at, k0, k_end, sums);
+extern "C" __global__ void BY_TILES
+linear_wgrad(const __grid_constant__ Matrix dZ, const __grid_constant__ Matrix X, const real* unscale,
+             const __grid_constant__ Target<real> dW, real* unfinished, u32* turns, long long M,
+             long long N, long long K, long long rows_per_run) {
     const real factor = unscale ? *unscale : real(1);
-    real* slice = dW + blockIdx.y * M * N;
-    for_each(sums, M, N, at, [&](long long m, long long n, real sum) {
-        if (n < N) slice[m * N + n] = sum * factor;
+    const Cut cut{rows_per_run, unfinished, turns};
+    for_each_tile<true, true>(dZ, X, M, N, K, cut, [&](Corner at, const Sums& sums) {
+        write_tile(sums, M, N, at, dW, [&](long long, long long, real sum) { return sum * factor; });
     });
 }

@@ -5,15 +5,17 @@ The kernel and its contract: linear_wgrad.cu; a batch that is cut is finished by
 
 from __future__ import annotations
 
+import numpy as np
+
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
+from backprop_kernels.cuda.by_tiles import grid, read, written
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import column_sums, plain_variant
-from backprop_kernels.cuda.launch import capability, empty, launch, on_device
+from backprop_kernels.cuda.launch import capability, constant, empty, launch, on_device
+from backprop_kernels.cuda.tensor_map import can_map
 from backprop_kernels.cuda.tiles import choose
-
-BLOCKS_WANTED = 512  # about two rounds of the largest GPU's multiprocessors
-LEAST_ROWS = 256  # of the batch per block: below, adding the slices costs as much as it saves
+from backprop_kernels.precisions import PRECISIONS
 
 
 def linear_wgrad(dZ: Array, X: Array, out: Array | None = None) -> Array:
@@ -28,23 +30,29 @@ def wgrad(
     checks.linear_wgrad(dZ, X, out, precision)
     on_device("linear_wgrad", dZ=dZ, X=X, out=out)
     (batch, out_features), in_features = dZ.shape, X.shape[1]
-    choice = choose(
-        "linear_wgrad", out_features, in_features, batch, precision or str(dZ.dtype),
-        capability(dZ),
-    )  # fmt: skip
-    real, tile = choice.precision.real, choice.tile
+    real = PRECISIONS[precision or str(dZ.dtype)].real
     dW = empty((out_features, in_features), real) if out is None else out
     if not dW.size:
         return dW
-    # By the shape alone, so that another GPU adds in the same order.
-    splits = max(1, min(-(-BLOCKS_WANTED // choice.blocks), -(-batch // LEAST_ROWS)))
-    rows = -(-batch // splits)
-    slices = dW if splits == 1 else empty((splits, dW.size), real)
+    choice = choose(
+        "linear_wgrad", out_features, in_features, batch, precision or str(dZ.dtype),
+        capability(dZ), can_map(dZ, X, dW),
+    )  # fmt: skip
+    tile = choice.tile
+    runs = max(1, -(-batch // choice.run))
+    slices, unfinished, turns = dW, None, None
+    if runs > 1 and tile.generation == "hopper":
+        tiles = tile.clusters(out_features, in_features) * tile.cluster
+        unfinished = empty((tiles, tile.rows, tile.columns), real)
+        turns = constant(np.zeros((tiles, tile.rows // tile.summed_rows)), np.uint32)
+    elif runs > 1:
+        slices = empty((runs, dW.size), real)
     launch(
         Unit("linear_wgrad.cu", plain_variant(real, choice.types)), "linear_wgrad",
-        (choice.blocks, splits), (tile.threads,), dZ, X, unscale, slices, out_features,
-        in_features, batch, rows, shared=tile.shared,
+        grid(choice, out_features, in_features, runs, dZ), (tile.threads,), read(tile, dZ),
+        read(tile, X), unscale, written(tile, slices), unfinished, turns, out_features,
+        in_features, batch, choice.run, shared=tile.shared,
     )  # fmt: skip
-    if splits > 1:
+    if slices is not dW:
         column_sums(slices, dW.reshape(-1))
     return dW

@@ -1,7 +1,8 @@
 """How a product is cut into blocks of threads, and which kernel computes it: `choose`.
 
-Two generations: "simt" multiplies `real` numbers one by one on any GPU (product.cuh); "ampere"
-uses tensor cores, from sm_80 on (tensor_product.cuh). Their tiles are the tables below.
+Three generations: "simt" multiplies `real` numbers one by one on any GPU (product.cuh); "ampere"
+uses tensor cores, from sm_80 on (tensor_product.cuh); "hopper" those of sm_90 in the way that only
+it has (hopper_product.cuh). Their tiles are the tables below.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from backprop_kernels.errors import OptionError
 from backprop_kernels.precisions import PRECISIONS, Precision
 
 TENSOR_CORES = 80  # the compute capability that has them for every precision of the table
+HOPPER_ALONE = 90  # wgmma is neither on older GPUs nor on newer ones
 STRIP_BYTES = 64  # of K, per row of a strip in shared memory, as tensor_product.cuh has it
+# As hopper_product.cuh has them: K in a strip, and bytes to write a tile by, for each warpgroup.
+STRIP_K, WRITE_BYTES = 64, 64 * 36 * 4 + 64 * 32 * 4
 
 
 class Tile(NamedTuple):
@@ -26,21 +30,36 @@ class Tile(NamedTuple):
     shared: int  # bytes of dynamic shared memory
     header: str
     numbers: tuple[int, ...]  # the template's arguments in that header
+    summed_rows: int  # whose columns are added up at once
+    cluster: int = 1  # blocks that share what they fetch: for tiles below one another
 
     def blocks(self, rows: int, columns: int) -> int:
         """How many blocks cover a matrix."""
         return -(-rows // self.rows) * -(-columns // self.columns)
 
+    def clusters(self, rows: int, columns: int) -> int:
+        """How many clusters of blocks do."""
+        return -(-rows // (self.rows * self.cluster)) * -(-columns // self.columns)
+
 
 def _simt(name: str, m: int, n: int, k: int, rows: int, columns: int) -> Tile:
     threads = m * n // (rows * columns)
-    return Tile("simt", name, m, n, threads, 0, "product.cuh", (m, n, k, rows, columns))
+    return Tile("simt", name, m, n, threads, 0, "product.cuh", (m, n, k, rows, columns), m)
 
 
 def _ampere(name: str, m: int, n: int, warp_m: int, warp_n: int, stages: int) -> Tile:
     threads, shared = 32 * (m // warp_m) * (n // warp_n), stages * (m + n) * STRIP_BYTES
     numbers = (m, n, warp_m, warp_n, stages)
-    return Tile("ampere", name, m, n, threads, shared, "tensor_product.cuh", numbers)
+    return Tile("ampere", name, m, n, threads, shared, "tensor_product.cuh", numbers, m)
+
+
+def _hopper(name: str, pieces: int, n: int, stages: int, cluster: int, ping_pong: bool) -> Tile:
+    """`pieces` of 64 rows for each of two warpgroups, which share a tile or (ping_pong) do not."""
+    m = 64 * pieces * (1 if ping_pong else 2)
+    shared = stages * (m + n) * 2 * STRIP_K + 2 * WRITE_BYTES + (stages + 1) * 16
+    numbers = (pieces, n, stages, cluster, int(ping_pong))
+    header = "hopper_product.cuh"
+    return Tile("hopper", name, m, n, 384, shared, header, numbers, 64 * pieces, cluster)
 
 
 # The largest first: it needs the least memory traffic, where there are blocks enough to fill a GPU.
@@ -52,6 +71,14 @@ AMPERE = (
 )
 # Where an operand is several factors, a warp has registers for half the sums.
 PLANES = _ampere("halved", 128, 128, 64, 32, 4), AMPERE[-1]
+# Where much is computed of each sum, one warpgroup does it while the other multiplies.
+COOPERATIVE = _hopper("cooperative", 1, 256, 4, 2, False)
+PING_PONG = _hopper("ping-pong", 2, 128, 6, 2, True)
+HOPPER = {
+    "linear_forward": (PING_PONG,),
+    "linear_dgrad": (PING_PONG,),
+    "linear_wgrad": (COOPERATIVE,),
+}
 # What lies in memory, and what is multiplied: the C++ types of floats.cuh.
 NUMBERS = {
     "float32": ("real", "real"),
@@ -72,6 +99,10 @@ TILES = {
     "bf16x6": PLANES,
 }
 ENOUGH_BLOCKS = 64  # fewer would leave multiprocessors of a large GPU without work
+# How the batch of linear_wgrad is cut: into runs for about as many blocks, none shorter than that.
+# Below, adding their sums costs as much as it saves.
+BLOCKS_WANTED = {"simt": 512, "ampere": 512, "hopper": 128}  # two rounds of a large GPU; one
+LEAST_TERMS = {"simt": 256, "ampere": 256, "hopper": 512}
 
 
 class Choice(NamedTuple):
@@ -81,6 +112,7 @@ class Choice(NamedTuple):
     precision: Precision
     tile: Tile
     blocks: int
+    run: int  # sums are cut into runs of so many terms
     why: str
 
     @property
@@ -97,12 +129,14 @@ class Choice(NamedTuple):
 
 
 def choose(
-    operator: str, rows: int, columns: int, terms: int, precision: str, capability: int
-) -> Choice:
+    operator: str, rows: int, columns: int, terms: int, precision: str, capability: int,
+    can_map: bool = False,
+) -> Choice:  # fmt: skip
     """The kernel that computes a product of rows × columns elements, each a sum of `terms`.
 
-    The same on every GPU that can run it, so that no bit depends on the GPU. `why` says in words
-    what decided. Raises OptionError where the GPU cannot multiply in this precision.
+    `can_map`: whether TMA takes all its matrices (tensor_map.py). It is the same on every GPU of a
+    generation, so that no bit depends on the GPU. `why` says in words what decided. Raises
+    OptionError where the GPU cannot multiply in this precision.
     """
     row = PRECISIONS[precision]
     if row.tensor_cores and capability < TENSOR_CORES:
@@ -110,17 +144,49 @@ def choose(
             f'{operator}: precision: "{precision}" needs a GPU of compute capability 8.0 or more, '
             f"got {capability // 10}.{capability % 10}; use float32"
         )
-    tiles = TILES[precision]
-    tile = next((t for t in tiles if t.blocks(rows, columns) >= ENOUGH_BLOCKS), tiles[-1])
-    blocks = tile.blocks(rows, columns)
     unit = "tensor cores by mma.sync" if row.tensor_cores else "ordinary arithmetic"
+    tiles, note = TILES[precision], ""
+    if capability == HOPPER_ALONE and row.tensor_cores:
+        hopper = _for_hopper(operator, rows, columns, terms, precision, can_map)
+        if isinstance(hopper, Tile):
+            tiles, unit = (hopper,), "Hopper's tensor cores by wgmma"
+        else:
+            note = f"; not by wgmma, {hopper}"
+    tile = next((t for t in tiles if t.blocks(rows, columns) >= ENOUGH_BLOCKS), tiles[-1])
+    run, blocks = _run(operator, tile, rows, columns, terms), tile.blocks(rows, columns)
+    runs = -(-terms // run)
     enough = (
         f"the largest tile that gives {ENOUGH_BLOCKS} blocks or more"
-        if blocks >= ENOUGH_BLOCKS
+        if blocks * (runs if tile.generation == "hopper" else 1) >= ENOUGH_BLOCKS
         else f"the smallest tile, as no tile gives {ENOUGH_BLOCKS} blocks"
     )
     why = (
         f"{operator} of {rows} × {columns} elements, {terms} terms each, in {precision}: {unit}, "
-        f"{blocks} block(s) of {tile.rows} × {tile.columns}, {enough}"
+        f"{blocks} block(s) of {tile.rows} × {tile.columns}"
+        f"{f', in {runs} runs' if runs > 1 else ''}, {enough}{note}"
     )
-    return Choice(operator, row, tile, blocks, why)
+    return Choice(operator, row, tile, blocks, run, why)
+
+
+def _for_hopper(
+    operator: str, rows: int, columns: int, terms: int, precision: str, can_map: bool
+) -> Tile | str:
+    """The tile for wgmma, or why there is none."""
+    if NUMBERS[precision] not in (("bf16", "bf16"), ("fp16", "fp16")):
+        return "which takes no others than 16-bit numbers as they lie in memory"
+    if not can_map:
+        return "as rows do not all start on 16 bytes: make widths multiples of 8"
+    for tile in HOPPER[operator]:
+        runs = -(-terms // _run(operator, tile, rows, columns, terms))
+        if tile.blocks(rows, columns) * runs >= ENOUGH_BLOCKS:
+            return tile
+    return f"which would give less than {ENOUGH_BLOCKS} blocks"
+
+
+def _run(operator: str, tile: Tile, rows: int, columns: int, terms: int) -> int:
+    """How many terms are added up before the sums of others join them: by the shape alone."""
+    if operator != "linear_wgrad" or not rows * columns * terms:
+        return max(terms, 1)
+    wanted = -(-BLOCKS_WANTED[tile.generation] // tile.blocks(rows, columns))
+    run = -(-terms // max(1, min(wanted, -(-terms // LEAST_TERMS[tile.generation]))))
+    return -(-run // STRIP_K) * STRIP_K if tile.generation == "hopper" else run

@@ -21,6 +21,10 @@ struct bf16 : AsStored {
     DEVICE explicit bf16(float x) : bits(to_bf16(x)) {}
     DEVICE operator float() const { return from_bf16(bits); }
     static DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { mma_bf16(d, a, b); }
+    template <bool A_BY_K, bool B_BY_K, int COUNT>
+    static DEVICE void multiply_group(float (&d)[COUNT], u64 a, u64 b, int keep) {
+        wgmma_bf16<A_BY_K, B_BY_K>(d, a, b, keep);
+    }
 };
 
 struct fp16 : AsStored {
@@ -28,6 +32,10 @@ struct fp16 : AsStored {
     DEVICE explicit fp16(float x) : bits(to_fp16(x)) {}
     DEVICE operator float() const { return from_fp16(bits); }
     static DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { mma_fp16(d, a, b); }
+    template <bool A_BY_K, bool B_BY_K, int COUNT>
+    static DEVICE void multiply_group(float (&d)[COUNT], u64 a, u64 b, int keep) {
+        wgmma_fp16<A_BY_K, B_BY_K>(d, a, b, keep);
+    }
 };
 
 // In memory a float; rounded to 11 bits as it becomes an operand.

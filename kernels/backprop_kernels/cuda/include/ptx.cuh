@@ -104,6 +104,16 @@ DEVICE u32 to_tf32(u32 x) {
 #endif
 }
 
+DEVICE u32 as_bits(float x) {
+#ifdef __CUDACC__
+    return __float_as_uint(x);
+#else
+    u32 bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+#endif
+}
+
 // ---- cp.async: global to shared memory past the registers (sm_80)
 
 // Copy 16 bytes, of which all but the first `valid` become 0; both addresses on 16 bytes.
@@ -393,10 +403,11 @@ DEVICE shared_t in_cluster(shared_t address, u32 rank) {
 #endif
 }
 
-// Arrive at a barrier of another block, whose address `in_cluster` gave.
+// Arrive at a barrier of another block, whose address `in_cluster` gave. What this thread wrote before
+// need not be seen there.
 DEVICE void barrier_arrive_remote(shared_t barrier) {
 #ifdef __CUDACC__
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 #else
     host::barrier_arrive_remote(barrier, __LINE__);
 #endif
@@ -425,6 +436,16 @@ DEVICE void load_box_multicast(shared_t to, const TensorMap* map, shared_t barri
 DEVICE u64 rows_of_128(shared_t address) {
 #ifdef __CUDACC__
     return u64((address & 0x3ffff) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+#else
+    return address;
+#endif
+}
+
+// The same with K running down: the 64 elements of a row belong to one k each, the next 64 lie 8192
+// bytes further. The next 16 rows of K are 2048 bytes further.
+DEVICE u64 columns_of_128(shared_t address) {
+#ifdef __CUDACC__
+    return u64((address & 0x3ffff) >> 4) | u64(8192 >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 #else
     return address;
 #endif
@@ -467,35 +488,30 @@ template <int PENDING> DEVICE void wgmma_wait() {
                   "%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
                   "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114," \
                   "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define WGMMA_BF16(N, NAMES, A, B, KEEP, ...) \
-    asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\n" \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, %" #A ", %" #B \
-                 ", keep, 1, 1, 0, 0;\n}" : __VA_ARGS__ : "l"(a), "l"(b), "r"(keep))
 
-// d = a bᵀ (+ d, with keep) for a (64 x 16) and b (N x 16) of bfloat16, both rows_of_128. Thread t of
-// the warpgroup holds rows 16 (t / 32) + t % 32 / 4 (+ 8) and columns 8 j + 2 (t % 4) (+ 1):
-// d[4 j + 2 h + e] is row + 8 h, column + e.
-DEVICE void wgmma_bf16(float (&d)[32], u64 a, u64 b, int keep) {
+// d = a bᵀ (+ d, with keep) for a (64 x 16) and b (N x 16), both rows_of_128 or, with BY_K,
+// columns_of_128. Thread t of the warpgroup holds rows 16 (t / 32) + t % 32 / 4 (+ 8) and columns
+// 8 j + 2 (t % 4) (+ 1): d[4 j + 2 h + e] is row + 8 h, column + e.
 #ifdef __CUDACC__
-    WGMMA_BF16(64, NAMES_32, 32, 33, 34, D32(0));
+#define WGMMA(NAME, KIND, VALUE, N, NAMES, A, B, KEEP, A_WAY, B_WAY, ...) \
+    template <bool A_BY_K, bool B_BY_K> DEVICE void NAME(float (&d)[N / 2], u64 a, u64 b, int keep) { \
+        asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." KIND "." KIND " {" NAMES "}, %" #A \
+                     ", %" #B ", keep, 1, 1, %" #A_WAY ", %" #B_WAY ";\n}" \
+                     : __VA_ARGS__ : "l"(a), "l"(b), "r"(keep), "n"(int(A_BY_K)), "n"(int(B_BY_K))); \
+    }
 #else
-    host::product_later(d, 64, a, b, keep);
+#define WGMMA(NAME, KIND, VALUE, N, ...) \
+    template <bool A_BY_K, bool B_BY_K> DEVICE void NAME(float (&d)[N / 2], u64 a, u64 b, int keep) { \
+        host::product_later(d, N, a, b, A_BY_K, B_BY_K, VALUE, keep); \
+    }
 #endif
-}
-DEVICE void wgmma_bf16(float (&d)[64], u64 a, u64 b, int keep) {
-#ifdef __CUDACC__
-    WGMMA_BF16(128, NAMES_64, 64, 65, 66, D32(0), D32(32));
-#else
-    host::product_later(d, 128, a, b, keep);
-#endif
-}
-DEVICE void wgmma_bf16(float (&d)[128], u64 a, u64 b, int keep) {
-#ifdef __CUDACC__
-    WGMMA_BF16(256, NAMES_128, 128, 129, 130, D32(0), D32(32), D32(64), D32(96));
-#else
-    host::product_later(d, 256, a, b, keep);
-#endif
-}
+#define WGMMA_EACH(NAME, KIND, VALUE) \
+    WGMMA(NAME, KIND, VALUE, 64, NAMES_32, 32, 33, 34, 35, 36, D32(0)) \
+    WGMMA(NAME, KIND, VALUE, 128, NAMES_64, 64, 65, 66, 67, 68, D32(0), D32(32)) \
+    WGMMA(NAME, KIND, VALUE, 256, NAMES_128, 128, 129, 130, 131, 132, D32(0), D32(32), D32(64), D32(96))
+WGMMA_EACH(wgmma_bf16, "bf16", host::from_bf16)
+WGMMA_EACH(wgmma_fp16, "f16", host::from_fp16)
 
 // Give registers of this warpgroup back, or take more: COUNT each, a multiple of 8.
 template <int COUNT> DEVICE void give_registers() {
@@ -506,5 +522,36 @@ template <int COUNT> DEVICE void give_registers() {
 template <int COUNT> DEVICE void take_registers() {
 #ifdef __CUDACC__
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+
+// The threads of this warpgroup meet, and see what each of them has written; `number` is its own, at
+// least 1.
+DEVICE void group_sync(int number) {
+#ifdef __CUDACC__
+    asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
+#else
+    host::wait(host::AT_GROUP_BARRIER, __LINE__);
+#endif
+}
+
+// ---- turns: blocks of one grid one after the other; all blocks must be resident
+
+// Wait until `turn` is `mine`; what others wrote before they passed it on is seen then.
+DEVICE void wait_turn(const u32* turn, u32 mine) {
+#ifdef __CUDACC__
+    u32 now;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+    while (now != mine);
+#else
+    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine) host::wait(host::POLLING, __LINE__);
+#endif
+}
+
+DEVICE void pass_turn(u32* turn, u32 next) {
+#ifdef __CUDACC__
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(next) : "memory");
+#else
+    __atomic_store_n(turn, next, __ATOMIC_RELEASE);
 #endif
 }

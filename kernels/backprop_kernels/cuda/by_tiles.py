@@ -1,0 +1,30 @@
+"""What the launchers of the three products share: matrices and grid as a generation takes them."""
+
+from __future__ import annotations
+
+from backprop_kernels.arrays import Array
+from backprop_kernels.cuda.launch import multiprocessors
+from backprop_kernels.cuda.tensor_map import TensorMap, tensor_map
+from backprop_kernels.cuda.tiles import Choice, Tile
+
+# As hopper_product.cuh has them: rows and columns of what TMA reads and writes at once.
+BOX, OUT_BOX = (64, 64), (64, 32)
+
+
+def read(tile: Tile, matrix: Array) -> Array | TensorMap:
+    """An operand of a product."""
+    return tensor_map(matrix, BOX, swizzled=True) if tile.generation == "hopper" else matrix
+
+
+def written(tile: Tile, matrix: Array) -> Array | TensorMap:
+    """What a product gives."""
+    return tensor_map(matrix, OUT_BOX, swizzled=False) if tile.generation == "hopper" else matrix
+
+
+def grid(choice: Choice, rows: int, columns: int, runs: int, on: Array) -> tuple[int, int]:
+    """A block for each tile and run; on Hopper as many as are there at the same time."""
+    tile = choice.tile
+    if tile.generation != "hopper":
+        return choice.blocks, runs
+    clusters = min(tile.clusters(rows, columns) * runs, multiprocessors(on) // tile.cluster)
+    return clusters * tile.cluster, 1

@@ -1,0 +1,270 @@
+// C = A B by tiles, on the tensor cores of Hopper (sm_90a): wgmma, fed and emptied by TMA.
+//
+// The functions are those of one_tile.cuh. A, B and C are row-major arrays whose rows start on 16
+// bytes; `stored` has 16 bits; sums are float32.
+// The blocks stay, each taking every so-many-th tile. One thread of a block fetches strips of A and B
+// into a ring of STAGES; two warpgroups multiply them. They share a tile, half of its rows each, or
+// take turns at tiles (PING_PONG): one writes its tile while the other one multiplies.
+// The blocks of a cluster compute tiles below one another: each fetches a part of B for all of them.
+#pragma once
+#include "corner.cuh"
+#include "floats.cuh"
+
+constexpr int GROUP = 128;                      // threads of a warpgroup
+constexpr int BOX = 64, BOX_BYTES = 64 * 128;   // of A and B, what TMA fetches at once: 64 x 64
+constexpr int OUT_ROWS = 64, OUT_COLUMNS = 32;  // of C, what it writes at once
+
+// PIECES: of 64 rows, for each warpgroup that multiplies.
+template <int HEIGHT, int WIDTH, int COUNT, int BLOCKS, bool IN_TURN> struct GroupTile {
+    static constexpr int PIECES = HEIGHT, N = WIDTH, STAGES = COUNT, CLUSTER = BLOCKS;
+    static constexpr bool PING_PONG = IN_TURN;
+    static constexpr int SHARERS = PING_PONG ? 1 : 2, ROWS = 64 * PIECES, M = SHARERS * ROWS;
+    static constexpr int THREADS = 3 * GROUP, STRIP_BYTES = (M + N) * 128;
+};
+using Tile = GroupTile<TILE>;
+struct OfCluster {  // the tiles of a cluster
+    static constexpr int M = Tile::M * Tile::CLUSTER, N = Tile::N;
+};
+
+using Matrix = TensorMap;  // in boxes of BOX x BOX
+template <class T> struct Target {
+    TensorMap map;  // in boxes of OUT_ROWS x OUT_COLUMNS
+};
+constexpr int CLUSTER = Tile::CLUSTER, SUMMED_ROWS = Tile::ROWS;
+constexpr bool RESIDENT = true;  // blocks wait for one another
+#define BY_TILES __cluster_dims__(Tile::CLUSTER, 1, 1) __launch_bounds__(Tile::THREADS, 1)
+
+struct Sums {
+    float at[Tile::PIECES][Tile::N / 2];  // as wgmma gives them
+};
+
+// Shared memory: the ring, what each multiplying warpgroup needs to write, barriers.
+constexpr int STRIDE = OUT_COLUMNS + 4;  // of staged rows: 8 of them start in different banks
+constexpr int STAGED_BYTES = OUT_ROWS * STRIDE * 4, OUT_BYTES = OUT_ROWS * OUT_COLUMNS * 4;
+constexpr int WRITE_BYTES = STAGED_BYTES + OUT_BYTES, RING_BYTES = Tile::STAGES * Tile::STRIP_BYTES;
+
+// The strips that this warpgroup has seen, of all that went or go through the ring.
+struct Ring {
+    u32 strip = 0;
+    shared_t base;
+    DEVICE u32 stage() const { return strip % Tile::STAGES; }
+    DEVICE u32 parity() const { return strip / Tile::STAGES & 1; }  // of how often it has been round
+    DEVICE shared_t A() const { return base + stage() * Tile::STRIP_BYTES; }
+    DEVICE shared_t B() const { return A() + Tile::M * 128; }
+    DEVICE shared_t full() const { return base + RING_BYTES + 2 * WRITE_BYTES + stage() * 8; }
+    DEVICE shared_t free() const { return full() + Tile::STAGES * 8; }
+    DEVICE shared_t turn(int group) const { return base + RING_BYTES + 2 * WRITE_BYTES + (2 * Tile::STAGES + group - 1) * 8; }
+    // This warp has read the strip: all blocks that write into it may know.
+    DEVICE void release() const {
+        if (threadIdx.x % 32) return;
+        if constexpr (Tile::CLUSTER == 1)
+            barrier_arrive(free());
+        else
+            for (int block = 0; block < Tile::CLUSTER; ++block) barrier_arrive_remote(in_cluster(free(), block));
+    }
+};
+
+// The pieces of work of this block, in order: a tile and a run of K each. Sizes are below 2^31, as TMA
+// counts.
+struct Work {
+    int M, N, K, length;
+    u32 runs, item, end;
+    DEVICE Work(long long m, long long n, long long k, long long run) : M(int(m)), N(int(n)), K(int(k)), length(int(run)) {
+        runs = (u32(K) + length - 1) / u32(length);
+        end = (u32(N) + OfCluster::N - 1) / OfCluster::N * ((u32(M) + OfCluster::M - 1) / OfCluster::M) * runs;
+        item = blockIdx.x / Tile::CLUSTER;
+    }
+    DEVICE void next() { item += gridDim.x / Tile::CLUSTER; }
+    DEVICE u32 run() const { return item % runs; }
+    DEVICE int begin() const { return int(run()) * length; }
+    DEVICE int stop() const { return int(min(u32(begin()) + length, u32(K))); }
+    DEVICE int strips() const { return (stop() - begin() + BOX - 1) / BOX; }
+    DEVICE Corner at() const {
+        Corner first = corner<OfCluster>(item / runs, M, N);
+        first.m += blockIdx.x % Tile::CLUSTER * Tile::M;
+        return first;
+    }
+};
+
+template <bool A_BY_K, bool B_BY_K> static DEVICE void fetch(const Matrix& A, const Matrix& B, Ring ring, Work work) {
+    for (; work.item < work.end; work.next()) {
+        const Corner at = work.at();
+        const int strips = work.strips();
+        for (int i = 0, k = work.begin(); i < strips; ++i, k += BOX, ++ring.strip) {
+            barrier_wait(ring.free(), ring.parity() ^ 1);
+            barrier_expect(ring.full(), Tile::STRIP_BYTES);
+            for (int box = 0; box < Tile::M / BOX; ++box) {
+                const int m = int(at.m) + box * BOX;
+                load_box(ring.A() + box * BOX_BYTES, &A, ring.full(), A_BY_K ? m : k, A_BY_K ? k : m);
+            }
+            for (int box = 0; box < Tile::N / BOX; ++box) {
+                const int n = int(at.n) + box * BOX, x = B_BY_K ? n : k, y = B_BY_K ? k : n;
+                const shared_t to = ring.B() + box * BOX_BYTES;
+                if constexpr (Tile::CLUSTER == 1)
+                    load_box(to, &B, ring.full(), x, y);
+                else if (box % Tile::CLUSTER == int(cluster_rank()))
+                    load_box_multicast(to, &B, ring.full(), x, y, (1 << Tile::CLUSTER) - 1);
+            }
+        }
+    }
+}
+
+// The 64 rows of an operand at `box`, from `step` times 16 of K on.
+template <bool BY_K> static DEVICE u64 described(shared_t box, int step) {
+    return BY_K ? columns_of_128(box + step * 2048) : rows_of_128(box + step * 32);
+}
+
+// This warpgroup's sums of one piece of work. A strip is given back once the next one's products run;
+// before the last one's have, `all_run()`.
+template <bool A_BY_K, bool B_BY_K, class AllRun>
+static DEVICE void multiply(Ring& ring, int strips, int first_box, Sums& sums, AllRun all_run) {
+#pragma unroll 1
+    for (int i = 0; i < strips; ++i, ++ring.strip) {
+        barrier_wait(ring.full(), ring.parity());
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < BOX / 16; ++step)
+#pragma unroll
+            for (int p = 0; p < Tile::PIECES; ++p)
+                operand::template multiply_group<A_BY_K, B_BY_K>(
+                    sums.at[p], described<A_BY_K>(ring.A() + (first_box + p) * BOX_BYTES, step),
+                    described<B_BY_K>(ring.B(), step), i > 0 || step > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (i > 0) Ring{ring.strip - 1, ring.base}.release();
+    }
+    all_run();
+    wgmma_wait<0>();
+    Ring{ring.strip - 1, ring.base}.release();
+}
+
+// The runs of K of one tile in order: each adds to what those before it left; true for the last one.
+static DEVICE bool complete(const Work& work, const Cut& cut, int part, int group, Sums& sums) {
+    const bool first = threadIdx.x % GROUP == 0, last = work.run() + 1 == work.runs;
+    const long long tile = work.item / work.runs * Tile::CLUSTER + blockIdx.x % Tile::CLUSTER;
+    const long long place = tile * Tile::SHARERS + part;
+    u32* turn = cut.turns + place;
+    real* left = cut.unfinished + place * Tile::ROWS * Tile::N + threadIdx.x % GROUP;
+    if (first) wait_turn(turn, work.run());
+    group_sync(group);
+#pragma unroll
+    for (int p = 0; p < Tile::PIECES; ++p)
+#pragma unroll
+        for (int i = 0; i < Tile::N / 2; ++i) {
+            real& there = left[(p * Tile::N / 2 + i) * GROUP];
+            if (work.run() > 0) sums.at[p][i] = there + sums.at[p][i];
+            if (!last) there = sums.at[p][i];
+        }
+    group_sync(group);
+    if (first) pass_turn(turn, last ? 0 : work.run() + 1);  // 0 for the next launch
+    return last;
+}
+
+template <bool A_BY_K, bool B_BY_K, class Runs, class Finish>
+static DEVICE void for_each_tile(const Matrix& A, const Matrix& B, long long M, long long N, long long K,
+                                 Runs runs, Finish finish) {
+    DYNAMIC_SHARED(shared);
+    Ring ring;
+    ring.base = shared_address(shared);
+    Work work(M, N, K, K);
+    if constexpr (same_type<Runs, Cut>) work = Work(M, N, K, runs.length);
+    const int group = threadIdx.x / GROUP;
+    if (threadIdx.x == 0) {
+        for (Ring r = ring; r.strip < Tile::STAGES; ++r.strip) {
+            barrier_init(r.full(), 1);
+            barrier_init(r.free(), 4 * Tile::SHARERS * Tile::CLUSTER);  // warps
+        }
+        for (int g = 1; g <= 2; ++g) barrier_init(ring.turn(g), 4);
+        barrier_init_fence();
+    }
+    if constexpr (Tile::CLUSTER == 1) __syncthreads();
+    else cluster_sync();
+    if (group == 0) {
+        give_registers<40>();
+        if (threadIdx.x == 0) fetch<A_BY_K, B_BY_K>(A, B, ring, work);
+        __syncwarp();
+    } else {
+        take_registers<232>();
+        const int part = Tile::PING_PONG ? 0 : group - 1;  // of the tile
+        for (u32 number = 0; work.item < work.end; work.next(), ++number) {
+            if (Tile::PING_PONG && number % 2 != u32(group) - 1) {  // the other one's
+                ring.strip += work.strips();
+                continue;
+            }
+            // Products run in the order of the strips: none is waited for before those STAGES ahead of it.
+            if (Tile::PING_PONG) barrier_wait(ring.turn(group), (number / 2 & 1) ^ (group == 1));
+            Sums sums;
+            multiply<A_BY_K, B_BY_K>(ring, work.strips(), part * Tile::PIECES, sums, [&] {
+                if (Tile::PING_PONG && threadIdx.x % 32 == 0) barrier_arrive(ring.turn(3 - group));
+            });
+            Corner at = work.at();
+            at.m += part * Tile::ROWS;
+            if constexpr (same_type<Runs, Cut>)
+                if (work.runs > 1 && !complete(work, runs, part, group, sums)) continue;
+            if (at.m < M) finish(at, sums);
+        }
+        if (threadIdx.x % GROUP == 0) store_box_wait_read<0>();
+        __syncwarp();
+    }
+    if constexpr (Tile::CLUSTER > 1) cluster_sync();  // others may still write into this block's barriers
+}
+
+// As in one_tile.cuh, for this warpgroup's rows. The sums of OUT_COLUMNS columns at a time go by
+// shared memory, even columns of eight before odd ones, as stmatrix has it; so does the result, and
+// from there to C while the next columns are computed.
+template <class T, class Element, class Column = NoSums>
+static DEVICE void write_tile(const Sums& sums, long long M, long long N, Corner at, const Target<T>& C,
+                              Element element, Column column = {}) {
+    constexpr int OUTS = OUT_BYTES / (OUT_ROWS * OUT_COLUMNS * sizeof(T));  // boxes of C that take turns
+    DYNAMIC_SHARED(shared);
+    const int thread = threadIdx.x % GROUP, warp = thread / 32, lane = thread % 32, group = threadIdx.x / GROUP;
+    unsigned char* own = shared + RING_BYTES + (group - 1) * WRITE_BYTES;
+    float* s_rows = reinterpret_cast<float*>(own + OUT_BYTES);
+    const int matrix = lane / 8, stored_row = warp * 16 + matrix / 2 * 8 + lane % 8;
+    const int place = lane / 8 * 8 + lane % 2 * 4 + lane % 8 / 2;  // of this lane's column in a row
+    int turn = 0;
+#pragma unroll 1
+    for (int block = 0; block < Tile::N / OUT_COLUMNS; ++block) {
+        const long long n = at.n + block * OUT_COLUMNS + lane;
+        real total = real(0);
+#pragma unroll 1
+        for (int piece = 0; piece < Tile::PIECES; ++piece, turn = (turn + 1) % OUTS) {
+#pragma unroll
+            for (int p = 0; p < Tile::PIECES; ++p)
+#pragma unroll
+                for (int j = 0; j < Tile::N / 8; ++j) {
+                    if (p != piece || j / 4 != block) continue;  // a register has no run-time index
+                    u32 r[4];
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) r[e] = as_bits(sums.at[p][j * 4 + e]);
+                    stmatrix_x4(shared_address(s_rows + stored_row * STRIDE + (j % 4 * 2 + matrix % 2) * 4), r);
+                }
+            if (thread == 0) store_box_wait_read<OUTS - 1>();
+            group_sync(group);
+            T* out = reinterpret_cast<T*>(own) + turn * OUT_ROWS * OUT_COLUMNS;
+            const long long m0 = at.m + piece * OUT_ROWS;
+#pragma unroll 4
+            for (int row = warp; row < OUT_ROWS; row += GROUP / 32) {
+                if (m0 + row >= M) break;
+                const real c = element(m0 + row, n, s_rows[row * STRIDE + place]);
+                out[row * OUT_COLUMNS + lane] = T(c);
+                total += c;
+            }
+            fence_shared_async();
+            group_sync(group);
+            if (thread == 0) {
+                store_box(&C.map, shared_address(out), int(n), int(m0));
+                store_box_commit();
+            }
+        }
+        if constexpr (!same_type<Column, NoSums>) {
+            float* s_totals = s_rows + OUT_COLUMNS;  // where rows are padded
+            s_totals[lane * STRIDE + warp] = total;
+            group_sync(group);
+            if (warp == 0 && n < N) {
+                for (int i = 1; i < GROUP / 32; ++i) total += s_totals[lane * STRIDE + i];
+                column(n, total);
+            }
+        }
+    }
+}
