@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backprop_kernels import cuda
+from backprop_kernels.cuda import tiles
 from backprop_kernels.cuda.epilogue import column_sums
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.errors import ShapeError
@@ -94,7 +95,14 @@ def wgrad_from_far() -> None:
 
 
 def tensor_cores() -> None:
-    """Products of bfloat16, with their copies of whole chunks and of single elements."""
+    """Products of bfloat16, with their copies of whole chunks and of single elements. Not those of
+    Hopper, whose every block walks through the whole array; TMA does the addressing there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "HOPPER_ALONE", 0)
+        ampere_products()
+
+
+def ampere_products() -> None:
     backend = InPrecision("bf16")
     one, two = 0x3F80, 0x4000  # 1 and 2 in bfloat16
 
@@ -217,9 +225,7 @@ def cut(file: str, text: str, check: Callable[[], None]) -> Mutant:
 
 FETCH = "from[BY_K ? ⟨at * stride + i⟩ : ⟨i * stride + at⟩]"
 MUTANTS = [
-    cut("linear_forward.cu", "Y[⟨m * N + n⟩]", forward),
-    cut("linear_dgrad.cu", "dZ_prev[⟨m * N + n⟩]", dgrad),
-    cut("linear_wgrad.cu", "slice[⟨m * N + n⟩]", wgrad),
+    *(cut("one_tile.cuh", "slice[⟨m * N + n⟩]", check) for check in (forward, dgrad, wgrad)),
     *(cut("product.cuh", FETCH, check)
       for check in (forward_from_far, dgrad_from_far, wgrad_from_far)),
     cut("tensor_product.cuh", "from + ⟨row * stride⟩ + column", tensor_cores),
