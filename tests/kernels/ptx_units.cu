@@ -135,8 +135,10 @@ extern "C" __global__ void box(const __grid_constant__ TensorMap map, unsigned s
     for (int i = threadIdx.x; i < rows * 64; i += blockDim.x) out[i] = s[i];
 }
 
-// Two boxes from one piece of shared memory to (x, y) and (x, y + rows), swizzled as `out` of `box` is.
-extern "C" __global__ void unbox(const __grid_constant__ TensorMap map, const unsigned short* from, int x, int y, int rows) {
+// Two boxes from one piece of shared memory to (x, y) and (x, y + rows), swizzled as `out` of `box` is;
+// then what the thread that wrote them reads at `written`.
+extern "C" __global__ void unbox(const __grid_constant__ TensorMap map, const unsigned short* from, int x, int y, int rows,
+                                 const unsigned short* written, unsigned short* seen) {
     DYNAMIC_SHARED(shared);
     unsigned short* s = reinterpret_cast<unsigned short*>(shared);
     for (int half = 0; half < 2; ++half) {
@@ -150,32 +152,39 @@ extern "C" __global__ void unbox(const __grid_constant__ TensorMap map, const un
         }
         __syncthreads();
     }
-    if (threadIdx.x == 0) store_box_wait<0>();
+    if (threadIdx.x == 0) {
+        store_box_wait<0>();
+        *seen = *written;
+    }
 }
 
-// Four blocks in clusters of two. Each fetches the box at row rank * rows for both; then each writes
-// the other's two boxes, and how often its barrier was arrived at from there.
+// Four blocks in clusters of two. Block 0 of each fetches the first and the last of three boxes for
+// both, block 1 the one between; then each writes all three, at the other's place. Before, block 0
+// arrives twice at a barrier of block 1, which arrives once at one of block 0.
 extern "C" __global__ void __cluster_dims__(2, 1, 1)
 exchange(const __grid_constant__ TensorMap map, unsigned short* out, int rows) {
     DYNAMIC_SHARED(shared);
     __shared__ u32 own_rank;
     const u32 rank = cluster_rank(), bytes = rows * 128;
-    const shared_t boxes = shared_address(shared), barrier = boxes + 2 * bytes, heard = barrier + 8;
+    const shared_t boxes = shared_address(shared), barrier = boxes + 3 * bytes, heard = barrier + 8;
+    if (rank) __syncthreads();  // later than its neighbour
     if (threadIdx.x == 0) {
         own_rank = rank;
         barrier_init(barrier, 1);
-        barrier_init(heard, 1);
+        barrier_init(heard, 1 + rank);
         barrier_init_fence();
-        barrier_expect(barrier, 2 * bytes);
+        barrier_expect(barrier, 3 * bytes);
     }
     cluster_sync();
-    if (threadIdx.x == 0) load_box_multicast(boxes + rank * bytes, &map, barrier, 0, rank * rows, 3);
-    barrier_wait(barrier, 0);
-    if (threadIdx.x == 0) barrier_arrive_remote(in_cluster(heard, rank ^ 1));
+    if (threadIdx.x == 0) {
+        for (u32 i = rank; i < 2; ++i) barrier_arrive_remote(in_cluster(heard, rank ^ 1));
+        for (u32 i = rank; i < 3; i += 2) load_box_multicast(boxes + i * bytes, &map, barrier, 0, i * rows, 3);
+    }
     barrier_wait(heard, 0);
+    barrier_wait(barrier, 0);
     const unsigned short* s = reinterpret_cast<const unsigned short*>(shared);
-    unsigned short* to = out + (blockIdx.x ^ 1) * 2 * rows * 64;
-    for (int i = threadIdx.x; i < 2 * rows * 64; i += blockDim.x) to[i] = s[i] + own_rank;
+    unsigned short* to = out + (blockIdx.x ^ 1) * 3 * rows * 64;
+    for (int i = threadIdx.x; i < 3 * rows * 64; i += blockDim.x) to[i] = s[i] + own_rank;
     cluster_sync();
 }
 

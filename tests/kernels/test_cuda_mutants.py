@@ -37,6 +37,7 @@ from tests.cuda_host.mutants import (
     whole,
 )
 from tests.cuda_host.product_mutants import TENSOR_CORES
+from tests.cuda_host.ptx_mutants import PTX
 from tests.cuda_host.steps import steps
 
 pytestmark = pytest.mark.skipif(bool(build.problem()), reason=build.problem())
@@ -334,6 +335,7 @@ MUTANTS = [
     Mutant("one_tile.cuh", "i = 1; i < PARTS", "i = 2; i < PARTS", products),
     *TENSOR_CORES,
     *HOPPER,
+    *PTX,
 ]  # fmt: skip
 
 
@@ -361,6 +363,5 @@ def test_without_a_bug_nothing_is_noticed(
 
 
 def test_every_file_has_a_planted_bug() -> None:
-    """But the wrappers of PTX, whose host bodies have tests of their own."""
-    files = {path.name for path in nvrtc.FOLDER.rglob("*.cu*")} - {"ptx.cuh"}
+    files = {path.name for path in nvrtc.FOLDER.rglob("*.cu*")}
     assert files == {m.file for m in MUTANTS}

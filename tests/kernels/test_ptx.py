@@ -188,21 +188,23 @@ def test_box_lies_swizzled_and_zero_outside(cupy: Any, x: int, y: int) -> None:
 def test_box_is_written_where_it_lies_inside(cupy: Any, x: int, y: int) -> None:
     rows, data = 16, RNG.integers(1, 2**16, (2 * 16, 64)).astype(np.uint16)
     placed = cupy.zeros((40, 136), np.uint16)
-    run(
+    inside = placed[max(y, 0), max(x, 0) :]
+    _, _, seen = run(
         cupy, "unbox", tensor_map(placed, (rows, 64), swizzled=True), swizzled(data), np.int32(x),
-        np.int32(y), np.int32(rows), threads=64, shared=rows * 128,
+        np.int32(y), np.int32(rows), inside, np.zeros(1, np.uint16), threads=64, shared=rows * 128,
     )  # fmt: skip
     expected = np.zeros((200, 400), np.uint16)
     expected[50 + y : 50 + y + 2 * rows, 100 + x : 100 + x + 64] = data
     assert np.array_equal(placed.get(), expected[50:90, 100:236])
+    assert seen[0] == inside.get()[0]
 
 
 def test_blocks_of_a_cluster_share_what_one_fetches(cupy: Any) -> None:
     rows, blocks = 8, 4
-    data = RNG.integers(1, 2**15, (2 * rows, 64)).astype(np.uint16)
+    data = RNG.integers(1, 2**15, (3 * rows, 64)).astype(np.uint16)
     placed = cupy.asarray(data)
-    out = cupy.zeros((blocks, 2 * rows, 64), np.uint16)
-    shared = 2 * rows * 128 + 16
+    out = cupy.zeros((blocks, 3 * rows, 64), np.uint16)
+    shared = 3 * rows * 128 + 16
     launch(
         UNITS, "exchange", (blocks,), (64,), tensor_map(placed, (rows, 64), swizzled=True), out,
         np.int32(rows), shared=shared,
