@@ -38,12 +38,16 @@ tf32_product = _noticed_by(test_ptx.test_warp_product_of_tf32)
 box = _noticed_by(test_ptx.test_box_lies_swizzled_and_zero_outside, x=64, y=8)
 unbox = _noticed_by(test_ptx.test_box_is_written_where_it_lies_inside, x=64, y=8)
 cluster = _noticed_by(test_ptx.test_blocks_of_a_cluster_share_what_one_fetches)
-group = {
-    columns: _noticed_by(
-        test_ptx.test_warpgroup_product_behind_a_ring_of_boxes, columns=columns, depth=200
-    )
-    for columns in (64, 128, 256)
-}
+
+
+def group(kind: str, columns: int, a_by_k: int, b_by_k: int) -> Callable[[], None]:
+    return _noticed_by(
+        test_ptx.test_warpgroup_product_behind_a_ring_of_boxes,
+        kind=kind, columns=columns, a_by_k=a_by_k, b_by_k=b_by_k, depth=200,
+    )  # fmt: skip
+
+
+small, crossed, halves = group("bf16", 64, 0, 0), group("bf16", 128, 0, 1), group("fp16", 64, 0, 0)
 
 bug = partial(Mutant, "ptx.cuh")
 PTX = [
@@ -74,14 +78,15 @@ PTX = [
     bug("u32 rank = 0; blocks >> rank", "u32 rank = 1; blocks >> rank", cluster),
     bug("barrier_init(barrier, arrivals", "barrier_init(barrier, arrivals + 1", box),
     bug("barrier_arrive(barrier, bytes", "barrier_arrive(barrier, bytes / 2", box),
-    bug("barrier_arrive(barrier, 0", "barrier_arrive(barrier, 128", group[64]),
+    bug("barrier_arrive(barrier, 0", "barrier_arrive(barrier, 128", small),
     bug("barrier_passed(barrier, parity)", "barrier_passed(barrier, parity ^ 1)", box),
-    bug("while (!host::barrier_passed", "if (!host::barrier_passed", group[64]),
-    *(bug(f"product_later(d, {columns}, a, b, keep)", f"product_later(d, {columns}, b, a, keep)",
-          group[columns]) for columns in group),
-    bug("product_later(d, 64, a, b, keep)", "product_later(d, 64, a, b, 1)", group[64]),
-    bug("host::commit_products(__LINE__)", "", group[64]),
-    bug("wait_products(PENDING", "wait_products(PENDING + 1", group[64]),
+    bug("while (!host::barrier_passed", "if (!host::barrier_passed", small),
+    bug("product_later(d, N, a, b, A_BY_K", "product_later(d, N, b, a, A_BY_K", small),
+    bug("a, b, A_BY_K, B_BY_K, VALUE, keep)", "a, b, B_BY_K, A_BY_K, VALUE, keep)", crossed),
+    bug("A_BY_K, B_BY_K, VALUE, keep)", "A_BY_K, B_BY_K, VALUE, 1)", small),
+    bug('"f16", host::from_fp16)', '"f16", host::from_bf16)', halves),
+    bug("host::commit_products(__LINE__)", "", small),
+    bug("wait_products(PENDING", "wait_products(PENDING + 1", small),
     bug("host::copy_later(to, from, 16, valid", "host::copy_later(to, from, 16, 16", copies),
     bug("host::copy_later(to, from, 4, valid", "host::copy_later(to, from, 4, 4", copies),
     bug("host::commit_copies();", "", copies),
