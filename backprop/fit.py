@@ -50,6 +50,7 @@ def fit(
     ema: float | EMA | None = None,
     precision: str | None = None,
     recompute: int = 1,
+    autotune: bool = False,
     callbacks: Iterable[Callback | EpochFunction] = (),
     checkpoint: str | PathLike[str] | Checkpoint | None = None,
     resume: bool | str | PathLike[str] = False,
@@ -80,6 +81,8 @@ def fit(
             stay float32.
         recompute: keep the activations of every so-many-th layer only, and compute the others again
             in backward: less memory, more time, the same bits.
+        autotune: on a GPU, measure which kernel is the fastest for each product, and remember it;
+            the bits then depend on the GPU.
         callbacks: functions of (epoch, history), called after each epoch; one that returns True
             ends the training. Or objects: see `Callback`.
         checkpoint: a folder to save the fit in after every epoch, or a `Checkpoint`.
@@ -128,7 +131,7 @@ def fit(
     )  # fmt: skip
     step = TrainStep(
         model, loss, optimizer, batches.size, clip_norm, seed, accumulate, precision,
-        recompute,
+        recompute, autotune,
         sparse_input=not input_noise and mostly_zeros(data.columns[0], batches.size),
     )  # fmt: skip
     history, rows = History(), batches.rows

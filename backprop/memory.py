@@ -7,6 +7,7 @@ weights to a checkpoint, goes through these few methods, which `cuda.memory.Devi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +49,9 @@ class Memory(Protocol):
 
     def feed(self, rows: int) -> Any:
         """What sends single batches of up to `rows` rows; nothing where they are read in place."""
+
+    def autotuned(self) -> AbstractContextManager[None]:
+        """Captures inside choose the kernels that are the fastest here."""
 
     def stepping(self, *given: Any) -> Any:
         """What lets a captured step run without the host; nothing where the host runs it."""
@@ -93,6 +97,9 @@ class HostMemory:
 
     def feed(self, rows: int) -> None:
         return None
+
+    def autotuned(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def stepping(self, *given: Any) -> None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from math import isfinite, nan
 from typing import Any, NamedTuple
@@ -63,6 +64,8 @@ class TrainStep:
             of all their rows would be; `flush` makes a step of fewer.
         recompute: keep the activations of every so-many-th layer only, and compute the others again
             in backward: less memory, more time, the same bits.
+        autotune: on a GPU, measure which kernel is the fastest for each product, and remember it;
+            the bits then depend on the GPU.
         precision: of the products: the model's dtype, or for a float32 model on a GPU "tf32",
             "bf16", "fp16", "bf16x3" or "bf16x6". Sums, parameters and the update stay float32.
         sparse_input: whether most of X is 0, as one-hot columns are; on a CPU the first layer then
@@ -86,6 +89,7 @@ class TrainStep:
         accumulate: int = 1,
         precision: str | None = None,
         recompute: int = 1,
+        autotune: bool = False,
         sparse_input: bool = False,
     ) -> None:
         if not isinstance(model, Sequential):
@@ -97,7 +101,12 @@ class TrainStep:
         number = isinstance(clip_norm, int | float) and not isinstance(clip_norm, bool)
         if clip_norm is not None and not (number and clip_norm > 0):
             raise OptionError(f"TrainStep: clip_norm: expected a number > 0, got {clip_norm!r}")
+        if autotune and not model.device.startswith("cuda"):
+            raise OptionError(
+                f'TrainStep: autotune: expected False on device "{model.device}", got True'
+            )
         self.model = model
+        self.autotune = bool(autotune)
         self.optimizer = resolve_optimizer(optimizer)
         backend = products(model, precision, "TrainStep")
         self.gradients = Gradients(
@@ -386,7 +395,9 @@ class TrainStep:
                 self.update.operator(backend, self.gradients.value)
 
         operators = step if self._queue is None else self._queue.operators(gradients, backend)
-        captured: Callable[..., None] = backend.capture(operators, *arrays)
+        captured: Callable[..., None]
+        with self.model.memory.autotuned() if self.autotune else nullcontext():
+            captured = backend.capture(operators, *arrays)
         return captured
 
 

@@ -60,6 +60,8 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
            metavar="N")  # fmt: skip
     option(training, "--recompute", 1, "keep every so-many-th layer's activations", type=int,
            metavar="N")  # fmt: skip
+    training.add_argument("--autotune", action="store_true",
+                          help="on a GPU: measure which kernels are the fastest")  # fmt: skip
     training.add_argument("--schedule", choices=SCHEDULE_NAMES, metavar="NAME",
                           help=f"of lr: {', '.join(SCHEDULE_NAMES)}")  # fmt: skip
     option(training, "--warmup", 0.0, "epochs over which lr rises from 0", type=float,

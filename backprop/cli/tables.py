@@ -81,6 +81,7 @@ def fit(options: Namespace) -> None:
         clip_norm=options.clip_norm,
         accumulate=options.accumulate, input_noise=options.input_noise, ema=options.ema,
         precision=options.precision, recompute=options.recompute,
+        autotune=options.autotune,
         callbacks=logs, checkpoint=options.checkpoint, resume=options.resume,
         progress=False if options.quiet else "lines", seed=options.seed,
     )  # fmt: skip

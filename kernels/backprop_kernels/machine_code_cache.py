@@ -44,14 +44,24 @@ def folder(name: str) -> Path | None:
 
 def kept(folder_name: str, file_name: str, make: Callable[[], bytes]) -> bytes:
     """The code in that file of the cache, or what `make` makes, kept there for the next process."""
-    place = folder(folder_name)
-    if place is None:
-        return make()
-    code = _read(place / file_name)
+    code = found(folder_name, file_name)
     if code is None:
         code = make()
-        _write(place / file_name, code)
+        keep(folder_name, file_name, code)
     return code
+
+
+def found(folder_name: str, file_name: str) -> bytes | None:
+    """What is in that file of the cache; None where there is nothing, or damage."""
+    place = folder(folder_name)
+    return None if place is None else _read(place / file_name)
+
+
+def keep(folder_name: str, file_name: str, data: bytes) -> None:
+    """Have it in that file of the cache, wholly or not at all."""
+    place = folder(folder_name)
+    if place is not None:
+        _write(place / file_name, data)
 
 
 def _read(file: Path) -> bytes | None:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from backprop_kernels import reference
 from backprop_kernels.arrays import Array
+from backprop_kernels.cuda import cublaslt, tuning
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.precisions import round_to, widen
 
 from tests.cuda_host.backend import adapter, installed
+from tests.cuda_host.fake_cublaslt import fake_cublaslt
 from tests.cuda_host.mutants import BARRIER, F32, Mutant, whole
 
 
@@ -47,6 +49,15 @@ def tensor_products(precision: str = "bf16") -> None:
 
 def tf32_products() -> None:
     tensor_products("tf32")
+
+
+def given_products() -> None:
+    """Sums that a library made; several tiles down and across."""
+    with installed(), fake_cublaslt(), tuning._deciding(lambda found: found[-1]):
+        X, W = whole((72, 8), (264, 8))
+        rounded("bf16", "linear_forward", X, W)
+        rounded("bf16", "linear_dgrad", np.sign(X @ W.T), np.sign(W[:, :8]))
+        assert len(cublaslt.library().calls) == 2
 
 
 def planes() -> None:
@@ -105,6 +116,14 @@ def loss_scale() -> None:
 
 
 TENSOR_CORES = [
+    *(Mutant("given_product.cuh", old, new, given_products) for old, new in (
+        ("corner.n + threadIdx.x % Tile::N", "threadIdx.x % Tile::N"),
+        ("min(corner.m + Tile::M, M)", "corner.m + Tile::M"),
+        ("min(corner.m + Tile::M, M)", "min(corner.m + Tile::M - 1, M)"),
+        ("corner.m + threadIdx.x / Tile::N;", "corner.m;"),
+        ("n < N ? sums.at[m * N + n] : real(0)", "sums.at[m * N + n]"),
+        ("sums.at[m * N + n]", "sums.at[m + n * M]"),
+    )),
     Mutant("linear_dgrad.cu", "unscale ? total * *unscale : total", "total",
            loss_scale),
     Mutant("linear_wgrad.cu", "unscale ? *unscale : real(1)", "real(1)", loss_scale),

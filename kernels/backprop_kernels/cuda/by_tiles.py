@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from backprop_kernels.arrays import Array
-from backprop_kernels.cuda.launch import multiprocessors
+from backprop_kernels.cuda import cublaslt
+from backprop_kernels.cuda.launch import empty, multiprocessors
 from backprop_kernels.cuda.tensor_map import TensorMap, tensor_map
-from backprop_kernels.cuda.tiles import Choice, Tile
+from backprop_kernels.cuda.tiles import LIBRARY, Choice, Tile
 
 # As hopper_product.cuh has them: rows and columns of what TMA reads and writes at once.
 BOX, OUT_BOX = (64, 64), (64, 32)
+
+
+def operands(
+    choice: Choice, first: Array, second: Array, rows: int, columns: int
+) -> tuple[Array | TensorMap, Array | TensorMap | None]:
+    """Both operands as the kernel takes them. Of the library's, it takes their product."""
+    if choice.tile is not LIBRARY:
+        return read(choice.tile, first), read(choice.tile, second)
+    sums = empty((rows, columns), choice.precision.real)
+    cublaslt.product(choice.operator, choice.precision.name, first, second, sums)
+    return sums, None
 
 
 def read(tile: Tile, matrix: Array) -> Array | TensorMap:

@@ -68,6 +68,18 @@ def launch(
             recorded.append(call)
 
 
+def submit(work: Callable[[], None], *arrays: Array) -> None:
+    """Call `work`, which queues work of a library on the current stream: now, or in the capture.
+
+    `arrays` are what it reads and writes.
+    """
+    recorded: list[Launch] | None = getattr(_thread, "launches", None)
+    if recorded is None:
+        work()
+    else:
+        recorded.append(Launch(lambda *_: work(), (), (), (), 0, arrays))
+
+
 def recording() -> bool:
     """Whether this thread is capturing, so that nothing is computed yet."""
     return getattr(_thread, "launches", None) is not None

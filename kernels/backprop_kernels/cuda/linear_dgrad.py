@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array, Dropout
-from backprop_kernels.cuda.by_tiles import grid, read, written
+from backprop_kernels.cuda.by_tiles import grid, operands, written
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import SAVES_BITS, column_sums, dropout_arguments, variant
 from backprop_kernels.cuda.launch import capability, empty, launch, on_device
@@ -53,9 +53,10 @@ def dgrad(
     if dZ_prev.size:
         launch(
             Unit("linear_dgrad.cu", variant(real, activation, choice.types)), "linear_dgrad",
-            grid(choice, batch, in_features, 1, dZ), (tile.threads,), read(tile, dZ),
-            read(tile, W), saved, unscale, written(tile, dZ_prev), partial, batch, in_features,
-            out_features, *dropout_arguments(dropout, real), shared=tile.shared,
+            grid(choice, batch, in_features, 1, dZ), (tile.threads,),
+            *operands(choice, dZ, W, batch, in_features), saved, unscale, written(tile, dZ_prev),
+            partial, batch, in_features, out_features, *dropout_arguments(dropout, real),
+            shared=tile.shared,
         )  # fmt: skip
     if partial is not None:
         column_sums(partial, db_prev)

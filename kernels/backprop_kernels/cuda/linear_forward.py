@@ -8,7 +8,7 @@ from __future__ import annotations
 from backprop_kernels import checks
 from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
-from backprop_kernels.cuda.by_tiles import grid, read, written
+from backprop_kernels.cuda.by_tiles import grid, operands, written
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import SAVES_BITS, dropout_arguments, variant
 from backprop_kernels.cuda.launch import capability, empty, launch, on_device
@@ -52,7 +52,7 @@ def forward(
         launch(
             Unit("linear_forward.cu", variant(real, activation, (*choice.types, result))),
             "linear_forward", grid(choice, batch, out_features, 1, X), (tile.threads,),
-            read(tile, X), read(tile, W), b, written(tile, Y), kept, batch, out_features,
-            in_features, *dropout_arguments(dropout, real), shared=tile.shared,
+            *operands(choice, X, W, batch, out_features), b, written(tile, Y), kept, batch,
+            out_features, in_features, *dropout_arguments(dropout, real), shared=tile.shared,
         )  # fmt: skip
     return Y, saved

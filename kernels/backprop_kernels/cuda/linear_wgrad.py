@@ -9,12 +9,13 @@ import numpy as np
 
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
+from backprop_kernels.cuda import cublaslt
 from backprop_kernels.cuda.by_tiles import grid, read, written
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import column_sums, plain_variant
 from backprop_kernels.cuda.launch import capability, constant, empty, launch, on_device
 from backprop_kernels.cuda.tensor_map import can_map
-from backprop_kernels.cuda.tiles import choose
+from backprop_kernels.cuda.tiles import LIBRARY, choose
 from backprop_kernels.precisions import PRECISIONS
 
 
@@ -39,6 +40,9 @@ def wgrad(
         capability(dZ), can_map(dZ, X, dW),
     )  # fmt: skip
     tile = choice.tile
+    if tile is LIBRARY:
+        cublaslt.product("linear_wgrad", choice.precision.name, dZ, X, dW, unscale)
+        return dW
     runs = max(1, -(-batch // choice.run))
     slices, unfinished, turns = dW, None, None
     if runs > 1 and tile.generation == "hopper":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,11 @@ class DeviceMemory:
         """A way for NumPy batches of up to `rows` rows to the device."""
         with cupy().cuda.Device(self.number):
             return Feed(self.number, rows)
+
+    def autotuned(self) -> AbstractContextManager[None]:
+        from backprop_kernels.cuda.tuning import autotuned
+
+        return autotuned()
 
     def stepping(self, *given: Any) -> Stepping:
         """What a captured training step keeps here: `Stepping` takes the same arguments."""

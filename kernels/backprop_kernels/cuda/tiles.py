@@ -2,13 +2,18 @@
 
 Three generations: "simt" multiplies `real` numbers one by one on any GPU (product.cuh); "ampere"
 uses tensor cores, from sm_80 on (tensor_product.cuh); "hopper" those of sm_90 in the way that only
-it has (hopper_product.cuh). Their tiles are the tables below.
+it has (hopper_product.cuh). Their tiles are the tables below. A fourth is NVIDIA's library, where
+it is installed and was measured to be faster (cublaslt.py, tuning.py): it makes the sums, and the
+same `.cu` does the rest (given_product.cuh).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
+from backprop_kernels.cuda import cublaslt
 from backprop_kernels.errors import OptionError
 from backprop_kernels.precisions import PRECISIONS, Precision
 
@@ -79,6 +84,7 @@ HOPPER = {
     "linear_dgrad": (PING_PONG,),
     "linear_wgrad": (COOPERATIVE,),
 }
+LIBRARY = Tile("cublaslt", "of its own", 32, 128, 256, 0, "given_product.cuh", (32, 128, 256), 32)
 # What lies in memory, and what is multiplied: the C++ types of floats.cuh.
 NUMBERS = {
     "float32": ("real", "real"),
@@ -105,15 +111,39 @@ BLOCKS_WANTED = {"simt": 512, "ampere": 512, "hopper": 128}  # two rounds of a l
 LEAST_TERMS = {"simt": 256, "ampere": 256, "hopper": 512}
 
 
+DECIDE: ContextVar[Callable[[Sequence[Choice]], Choice] | None] = ContextVar("DECIDE", default=None)
+
+
 class Choice(NamedTuple):
-    """The kernel for one product."""
+    """The kernel for one product of rows × columns elements, of `terms` each."""
 
     operator: str
     precision: Precision
+    rows: int
+    columns: int
+    terms: int
     tile: Tile
     blocks: int
     run: int  # sums are cut into runs of so many terms
-    why: str
+    reason: str
+
+    @property
+    def question(self) -> str:
+        """What was asked for, in words."""
+        return (
+            f"{self.operator} of {self.rows} × {self.columns} elements, {self.terms} terms each, "
+            f"in {self.precision.name}"
+        )
+
+    @property
+    def why(self) -> str:
+        """What decided, in words."""
+        return f"{self.question}: {self.reason}"
+
+    @property
+    def name(self) -> str:
+        """Of the kernel among others for this product."""
+        return f"{self.tile.generation} {self.tile.name}"
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -135,9 +165,35 @@ def choose(
     """The kernel that computes a product of rows × columns elements, each a sum of `terms`.
 
     `can_map`: whether TMA takes all its matrices (tensor_map.py). It is the same on every GPU of a
-    generation, so that no bit depends on the GPU. `why` says in words what decided. Raises
-    OptionError where the GPU cannot multiply in this precision.
+    generation, so that no bit depends on the GPU; but inside tuning.autotuned() it is what was the
+    fastest here. `why` says in words what decided. Raises OptionError where the GPU cannot multiply
+    in this precision.
     """
+    chosen = _by_shape(operator, rows, columns, terms, precision, capability, can_map)
+    decide = DECIDE.get()
+    return chosen if decide is None else decide([chosen, *_others(chosen, can_map)])
+
+
+def _others(chosen: Choice, can_map: bool) -> list[Choice]:
+    """Every other kernel for the same product."""
+    given, precision = chosen[:5], chosen.precision.name
+    tiles = [t for t in TILES[precision] if t is not chosen.tile]
+    if can_map and precision in cublaslt.KINDS and cublaslt.available():
+        tiles.append(LIBRARY)
+    return [_made(*given, tile, "one of several") for tile in tiles]
+
+
+def _made(
+    operator: str, row: Precision, rows: int, columns: int, terms: int, tile: Tile, reason: str
+) -> Choice:
+    blocks, run = tile.blocks(rows, columns), _run(operator, tile, rows, columns, terms)
+    return Choice(operator, row, rows, columns, terms, tile, blocks, run, reason)
+
+
+def _by_shape(
+    operator: str, rows: int, columns: int, terms: int, precision: str, capability: int,
+    can_map: bool,
+) -> Choice:  # fmt: skip
     row = PRECISIONS[precision]
     if row.tensor_cores and capability < TENSOR_CORES:
         raise OptionError(
@@ -153,19 +209,17 @@ def choose(
         else:
             note = f"; not by wgmma, {hopper}"
     tile = next((t for t in tiles if t.blocks(rows, columns) >= ENOUGH_BLOCKS), tiles[-1])
-    run, blocks = _run(operator, tile, rows, columns, terms), tile.blocks(rows, columns)
-    runs = -(-terms // run)
+    chosen = _made(operator, row, rows, columns, terms, tile, "")
+    blocks, runs = chosen.blocks, -(-terms // chosen.run)
     enough = (
         f"the largest tile that gives {ENOUGH_BLOCKS} blocks or more"
         if blocks * (runs if tile.generation == "hopper" else 1) >= ENOUGH_BLOCKS
         else f"the smallest tile, as no tile gives {ENOUGH_BLOCKS} blocks"
     )
-    why = (
-        f"{operator} of {rows} × {columns} elements, {terms} terms each, in {precision}: {unit}, "
-        f"{blocks} block(s) of {tile.rows} × {tile.columns}"
+    return chosen._replace(
+        reason=f"{unit}, {blocks} block(s) of {tile.rows} × {tile.columns}"
         f"{f', in {runs} runs' if runs > 1 else ''}, {enough}{note}"
     )
-    return Choice(operator, row, tile, blocks, run, why)
 
 
 def _for_hopper(
@@ -185,7 +239,7 @@ def _for_hopper(
 
 def _run(operator: str, tile: Tile, rows: int, columns: int, terms: int) -> int:
     """How many terms are added up before the sums of others join them: by the shape alone."""
-    if operator != "linear_wgrad" or not rows * columns * terms:
+    if operator != "linear_wgrad" or tile is LIBRARY or not rows * columns * terms:
         return max(terms, 1)
     wanted = -(-BLOCKS_WANTED[tile.generation] // tile.blocks(rows, columns))
     run = -(-terms // max(1, min(wanted, -(-terms // LEAST_TERMS[tile.generation]))))
