@@ -132,7 +132,9 @@ def parameter_sizes(ptx: str, entry: str) -> list[int]:
     """In bytes, from the PTX entry."""
     found = re.search(rf"\.entry {entry}\((.*?)\)\s*[.{{]", ptx, re.S)
     assert found is not None, f"no entry {entry}"
-    each = re.findall(r"\.param (?:\.align \d+ )?\.(\w+) \w+(?:\[(\d+)\])?", found[1])
+    # .u64 x, .u64 .ptr .align 1 x, .align 64 .b8 x[128]
+    pattern = r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr(?: \.\w+)* \d+)? \w+(?:\[(\d+)\])?"
+    each = re.findall(pattern, found[1])
     return [int(count or 1) * PARAMETER[kind] for kind, count in each]
 
 

@@ -15,7 +15,7 @@ from backprop_kernels import cuda
 from backprop_kernels.activations import ACTIVATIONS, saved_beside
 from backprop_kernels.arrays import Dropout
 from backprop_kernels.cuda import compile as nvrtc
-from backprop_kernels.cuda import tensor_map, tiles
+from backprop_kernels.cuda import cublaslt, tensor_map, tiles, tuning
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.cuda.stepping import Stepping
@@ -128,6 +128,14 @@ def hopper_products(precision: str, activations: Sequence[str]) -> Record:
     """The same by the tiles for Hopper, whatever the size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "ENOUGH_BLOCKS", 1)
+        return products(precision, activations, ((8, 8),), terms=8)
+
+
+def given_products(precision: str, activations: Sequence[str]) -> Record:
+    """The same with sums that the library makes."""
+    with pytest.MonkeyPatch.context() as patch, tuning._deciding(lambda found: found[-1]):
+        patch.setattr(cublaslt, "available", lambda: True)
+        patch.setattr(cublaslt, "product", lambda *_: None)
         return products(precision, activations, ((8, 8),), terms=8)
 
 

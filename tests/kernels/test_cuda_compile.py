@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.cuda import compile as nvrtc
+from backprop_kernels.cuda import cublaslt
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.errors import KernelCompileError
 from backprop_kernels.precisions import PRECISIONS
@@ -94,6 +95,19 @@ def test_every_product_on_hopper_compiles() -> None:
         )
     ]
     print(f"{len(chosen)} units for sm_90a")
+    assert not all_problems(chosen)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_follows_a_product_of_the_library_compiles(arch: str) -> None:
+    """It multiplies nothing, so its instructions are not looked at."""
+    chosen = [
+        job
+        for precision in (cublaslt.KINDS if arch != "sm_75" else ("float32", "float64"))
+        for job in jobs(recorder.given_products(precision, WIDEST), arch, lambda _: False)
+    ]
+    assert sum("given_product.cuh" in job.unit.variant for job in chosen) > 10
     assert not all_problems(chosen)
 
 
