@@ -8,6 +8,8 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -26,13 +28,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_part_of_a_dry_run_leaves_its_table(tmp_path: Path) -> None:
     done = run("--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": done in ") == 3
+    assert done.stdout.count(": done in ") == 5
     with (tmp_path / "check.csv").open(newline="") as stream:
         checks = list(csv.DictReader(stream))
     assert len(checks) > 20 and all(row["good"] == "True" for row in checks)
     summary = (tmp_path / "summary.md").read_text()
     assert "- device: none: a dry run in the emulator" in summary and "- commit: " in summary
-    for table in ("step.csv", "operators.csv"):
+    for table in ("step.csv", "operators.csv", "targets.csv", "choices.csv"):
         header = (tmp_path / table).read_text().splitlines()[0]
         assert "| " + " | ".join(header.split(",")) + " |" in summary
 
@@ -64,3 +66,47 @@ def test_failed_and_impossible_parts_say_so(
     assert run_all.run(part, tmp_path, 30, dry=True).endswith("with status 3, see bad.log")
     assert run_all.without("numpy")() == ""
     assert run_all.without("numpy", "no_such_module")() == "needs no_such_module"
+
+
+def test_targets_are_held_against_the_rows_they_are_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    targets = import_module("targets")
+    step = "batch,widths,precision,graph_us,bare_us,compiled_us\n"
+    step += "8192,4096-4096-4096-10,bf16,111,100,130\n8192,4096-4096-4096-10,tf32,900,100,900\n"
+    step += "8192,8192-8192-8192-10,bf16,107,100,\n"
+    (tmp_path / "step.csv").write_text(step)
+    products = "operator,shape,precision,us,yardstick_us\nloss mse,65536x256,float32,1,1\n"
+    products += "linear_wgrad bare,8192x4096x4096,bf16,104,100\nlinear_wgrad,1x1x1,bf16,1,1\n"
+    (tmp_path / "operators.csv").write_text(products)
+    monkeypatch.setattr(sys, "argv", ["targets.py", "--out", str(tmp_path)])
+    targets.main()
+    with (tmp_path / "targets.csv").open(newline="") as stream:
+        rows = [(r["target"], r["ratio"], r["met"]) for r in csv.DictReader(stream)]
+    assert ("bare product by cuBLAS, width 4096 and more", "1.04", "False") in rows
+    assert ("step by bare products, width 4096", "1.11", "True") in rows
+    assert ("step by bare products, width 8192", "1.07", "False") in rows
+    assert ("step by PyTorch compiled, width 4096", "0.8538", "True") in rows
+    assert ("step by PyTorch compiled, width 8192", "not measured", "") in rows
+    assert len(rows) == len(targets.TARGETS)
+
+
+def test_a_roof_is_what_clocks_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100's: 132 multiprocessors at 1.98 GHz, 5120 bits at 2.619 GHz."""
+    monkeypatch.syspath_prepend(FOLDER)
+    roofline = import_module("roofline")
+
+    class Device:
+        compute_capability = "90"
+        attributes: ClassVar = {
+            "MultiProcessorCount": 132, "ClockRate": 1_980_000, "MemoryClockRate": 2_619_000,
+            "GlobalMemoryBusWidth": 5120,
+        }  # fmt: skip
+
+    roof = roofline.roof(SimpleNamespace(cuda=SimpleNamespace(Device=Device)), dry=False)
+    assert roof.flops["bf16"] == pytest.approx(1070.5e12, rel=1e-3)
+    assert roof.bandwidth == pytest.approx(3.352e12, rel=1e-3)
+    assert roof.seconds(1070.5e12, "bf16", 1.0) == pytest.approx(1, rel=1e-3)
+    assert roof.seconds(1070.5e12, "bf16x6", 1.0) == pytest.approx(6, rel=1e-3)
+    assert roof.seconds(1.0, "bf16", 3.352e12) == pytest.approx(1, rel=1e-3)

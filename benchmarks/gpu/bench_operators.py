@@ -1,8 +1,10 @@
 """Each operator on a GPU beside its yardstick: `python benchmarks/gpu/bench_operators.py`.
 
 A product's yardstick is cuBLAS in the same precision (`torch.mm`), bare of bias, activation and
-column sums; that of what is bound by memory is the device's own copy of as many bytes. Both sides
-run many times in one CUDA graph, so that no launch is timed. Operands are N(0, 1).
+column sums, of bf16x3 and bf16x6 cuBLAS in float32; rows named "bare" are without those on our
+side, too. The yardstick of what is bound by memory is the device's own copy of as many bytes. Both
+sides run many times in one CUDA graph, so that no launch is timed. Operands are N(0, 1). `roofline`
+is the least time by the device's highest clocks (roofline.py) over ours.
 """
 
 from __future__ import annotations
@@ -12,26 +14,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from measure import Clock, Table, device, options, torch_device
+from roofline import roof
 
 REPEATS = 10  # calls in one graph
 SECONDS = 1.0  # per row
 # batch, in_features, out_features
-PRODUCTS = [(1024, 1024, 1024), (4096, 1024, 1024), (4096, 4096, 4096), (8192, 2048, 2048),
-            (65536, 128, 128), (256, 784, 1024)]  # fmt: skip
-LARGE = [(8192, 4096, 4096), (16384, 8192, 8192)]  # on tensor cores only
+PRODUCTS = [(8192, 2048, 2048), (4096, 4096, 4096), (1024, 1024, 1024), (65536, 128, 128),
+            (256, 784, 1024)]  # fmt: skip
+# On tensor cores only; where most of a large network's time is.
+GRID = [(8192, n, n) for n in (4096, 8192, 2048, 1024)]
+GRID += [(4096, 4096, 4096), (16384, 4096, 4096), (16384, 8192, 8192), (1024, 1024, 1024),
+         (1024, 4096, 4096), (4096, 1024, 1024), (65536, 4096, 4096)]  # fmt: skip
 ARRAYS = [(8192, 1024), (65536, 256), (4096, 4096), (65536, 10)]  # batch, features
 PARAMETERS = [2**18, 2**22, 2**25]
 
 
 class Work(NamedTuple):
-    """One operator on preallocated arrays; `flop` of a product, else `moved` bytes."""
+    """One operator on preallocated arrays; a product has some `flop`."""
 
     operator: str
     shape: tuple[int, ...]
     call: Callable[[], object]
     flop: float = 0.0
     precision: str = "float32"
-    moved: float = 0.0
+    moved: float = 0.0  # bytes at least
 
 
 def main() -> None:
@@ -41,6 +47,7 @@ def main() -> None:
     table = Table(given.out / "operators.csv")
     with device(given.dry_run) as cupy:
         clock = Clock(cupy, torch, given.dry_run)
+        peaks = roof(cupy, given.dry_run)
         for work in works(cupy, given.dry_run):
             from backprop_kernels import cuda
 
@@ -62,6 +69,7 @@ def main() -> None:
                 unit="GFLOP/s" if work.flop else "GB/s",
                 yardstick="cuBLAS" if work.flop else "device copy", yardstick_us=yardstick * 1e6,
                 ratio=ours / yardstick,
+                roofline=peaks.seconds(work.flop, work.precision, work.moved) / ours,
             )  # fmt: skip
 
 
@@ -72,14 +80,16 @@ def works(cupy: Any, dry: bool) -> Iterator[Work]:
     def normal(*shape: int) -> Any:
         return cupy.asarray(rng.standard_normal(shape, dtype=np.float32))
 
-    for precision in ("float32", "bf16", "tf32", "fp16"):
-        shapes = PRODUCTS if precision == "float32" else [*PRODUCTS, *LARGE]
-        for batch, i, o in [(40, 30, 20)] if dry else shapes:
-            yield from products(cupy, normal, precision, batch, i, o)
+    tiny = [(40, 30, 20)] if dry else None
+    for batch, i, o in tiny or GRID:
+        yield from products(cupy, normal, "bf16", batch, i, o)
     for batch, features in [(40, 30)] if dry else ARRAYS:
         yield from passes(cupy, normal, batch, features)
     for count in [1000] if dry else PARAMETERS:
         yield update(cupy, normal, count)
+    for precision in ("tf32", "bf16x6", "bf16x3", "float32", "fp16"):
+        for batch, i, o in tiny or PRODUCTS:
+            yield from products(cupy, normal, precision, batch, i, o)
 
 
 def products(cupy: Any, normal: Any, precision: str, batch: int, i: int, o: int) -> Iterator[Work]:
@@ -100,15 +110,19 @@ def products(cupy: Any, normal: Any, precision: str, batch: int, i: int, o: int)
     Y, saved, dX = stored(batch, o), stored(batch, o), stored(batch, i)
     b, db, dW = normal(o), normal(i), normal(o, i)
     shape, flop = (batch, i, o), 2.0 * batch * i * o
-    yield Work(
-        "linear_forward", shape,
-        lambda: backend.linear_forward(X, W, b, "gelu", None, (Y, saved)), flop, precision,
-    )  # fmt: skip
-    yield Work(
-        "linear_dgrad", shape,
-        lambda: backend.linear_dgrad(dZ, W, X, "gelu", None, (dX, db)), flop, precision,
-    )  # fmt: skip
-    yield Work("linear_wgrad", shape, lambda: backend.linear_wgrad(dZ, X, dW), flop, precision)
+    operands = float(X.nbytes + W.nbytes + Y.nbytes)
+    for name, call, more in (
+        (
+            "linear_forward",
+            lambda: backend.linear_forward(X, W, b, "gelu", None, (Y, saved)),
+            Y.nbytes,
+        ),
+        ("linear_forward bare", lambda: backend.linear_forward(X, W, out=(Y, None)), 0),
+        ("linear_dgrad", lambda: backend.linear_dgrad(dZ, W, X, "gelu", None, (dX, db)), X.nbytes),
+        ("linear_dgrad bare", lambda: backend.linear_dgrad(dZ, W, out=(dX, None)), 0),
+        ("linear_wgrad bare", lambda: backend.linear_wgrad(dZ, X, dW), dW.nbytes - W.nbytes),
+    ):
+        yield Work(name, shape, call, flop, precision, operands + more)
 
 
 def passes(cupy: Any, normal: Any, batch: int, features: int) -> Iterator[Work]:
@@ -174,7 +188,7 @@ def product(torch: Any, where: str, work: Work) -> Callable[[], object]:
     dtype = operand(torch, work.precision)
     X, W, dZ = (torch.randn(s, device=where).to(dtype) for s in ((batch, i), (o, i), (batch, o)))
     A, B = {"forward": (X, W.T), "dgrad": (dZ, W), "wgrad": (dZ.T, X)}[
-        work.operator.removeprefix("linear_")
+        work.operator.removeprefix("linear_").removesuffix(" bare")
     ]
     C = torch.empty(A.shape[0], B.shape[1], device=where, dtype=dtype)
     return lambda: torch.mm(A, B, out=C)

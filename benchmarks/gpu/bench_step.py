@@ -1,9 +1,11 @@
 """A whole training step on a GPU beside the bare products of that step.
 
 `python benchmarks/gpu/bench_step.py`: the products are cuBLAS's in the same precision, in one CUDA
-graph; then our step as a graph replay, as called from Python without a look at its loss, also on
-arrays of the host, and with its loss read back; PyTorch eager, and PyTorch compiled, with a CUDA
-graph; both with fused AdamW, for bf16 under autocast. Other data is on the device, all N(0, 1).
+graph, and `graph_by_bare` is the headline; `roofline` is the least time of the products by the
+device's highest clocks over ours. Then our step as a graph replay, as called from Python without a
+look at its loss, also on arrays of the host, and with its loss read back; PyTorch eager, and
+PyTorch compiled, with a CUDA graph; both with fused AdamW, for bf16 under autocast. Other data is
+on the device, all N(0, 1).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 from bench_operators import REPEATS, graph, operand
 from measure import Clock, Table, device, options, torch_device
+from roofline import roof
 
 SECONDS = 3.0  # per row
 # batch, widths
@@ -30,12 +33,12 @@ SHAPES = [
     (8192, [4096, 4096, 4096, 10]),
     (65536, [64, 64, 64, 1]),
 ]
-TENSOR_CORES = [
-    (8192, [1024, 1024, 1024, 10]),
-    (8192, [2048, 2048, 2048, 10]),
-    (8192, [4096, 4096, 4096, 10]),
-    (16384, [8192, 8192, 8192, 10]),
-]
+# On tensor cores: batch and width, where most of a large network's time is, and small networks.
+GRID = [(8192, 4096), (8192, 8192), (8192, 2048), (8192, 1024), (4096, 4096), (1024, 1024),
+        (16384, 4096), (16384, 8192), (1024, 4096), (4096, 1024), (65536, 4096)]  # fmt: skip
+LARGE = [(batch, [n, n, n, 10]) for batch, n in GRID]
+SMALL = [(2**18, [64, 64, 64, 64, 64, 1]), (2**18, [128, 128, 128, 128, 128, 1]),
+         (2**14, [64, 64, 64, 64, 64, 1])]  # fmt: skip
 Contenders = dict[str, Callable[[], object]]
 
 
@@ -46,8 +49,10 @@ def main() -> None:
     table = Table(given.out / "step.csv")
     with device(given.dry_run) as cupy:
         clock = Clock(cupy, torch, given.dry_run)
-        rows = [(p, *shape) for p in ("bf16", "tf32") for shape in TENSOR_CORES]
+        peaks = roof(cupy, given.dry_run)
+        rows = [("bf16", *shape) for shape in (*LARGE[:4], *SMALL, *LARGE[4:])]
         rows += [("float32", *shape) for shape in SHAPES]
+        rows += [(p, *shape) for p in ("tf32", "bf16x6", "bf16x3") for shape in LARGE[:4]]
         if given.dry_run:
             rows = [(precision, 16, [9, 12, 3]) for precision in ("float32", "bf16")]
         for precision, batch, widths in rows:
@@ -60,7 +65,14 @@ def main() -> None:
                 batch=batch, widths="-".join(map(str, widths)), precision=precision,
                 **{f"{name}_us": t * 1e6 for name, t in times.items()},
                 **{f"{n}_by_bare": t / times["bare"] for n, t in times.items() if n != "bare"},
+                roofline=peaks.seconds(flops(batch, widths), precision, 0.0) / times["graph"],
             )  # fmt: skip
+
+
+def flops(batch: int, widths: list[int]) -> float:
+    """Of the bare products: three of each layer, but two of the first."""
+    sizes = [i * o for i, o in pairwise(widths)]
+    return 2.0 * batch * (3 * sum(sizes) - sizes[0])
 
 
 def ours(precision: str, batch: int, widths: list[int]) -> Contenders:

@@ -67,7 +67,9 @@ def parts() -> list[Part]:
             "PTX wrappers", 2, suite("-m", "gpu", "tests/kernels/test_ptx.py"), "",
             without("pytest", "scipy"), False,
         ),
-        Part("operators by the clock", 5, script("bench_operators.py"), "operators.csv"),
+        Part("operators by the clock", 8, script("bench_operators.py"), "operators.csv"),
+        Part("what was aimed at", 1, script("targets.py"), "targets.csv"),
+        Part("every kernel for a product", 4, script("bench_choices.py"), "choices.csv"),
         Part(
             "the test suite", 8, suite("-m", "gpu", "tests"), "",
             without("pytest", "scipy", "mpmath"), False,

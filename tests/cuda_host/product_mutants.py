@@ -53,7 +53,7 @@ def tf32_products() -> None:
 
 def given_products() -> None:
     """Sums that a library made; several tiles down and across."""
-    with installed(), fake_cublaslt(), tuning._deciding(lambda found: found[-1]):
+    with installed(), fake_cublaslt(), tuning.deciding(lambda found: found[-1]):
         X, W = whole((72, 8), (264, 8))
         rounded("bf16", "linear_forward", X, W)
         rounded("bf16", "linear_dgrad", np.sign(X @ W.T), np.sign(W[:, :8]))

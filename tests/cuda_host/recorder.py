@@ -133,7 +133,7 @@ def hopper_products(precision: str, activations: Sequence[str]) -> Record:
 
 def given_products(precision: str, activations: Sequence[str]) -> Record:
     """The same with sums that the library makes."""
-    with pytest.MonkeyPatch.context() as patch, tuning._deciding(lambda found: found[-1]):
+    with pytest.MonkeyPatch.context() as patch, tuning.deciding(lambda found: found[-1]):
         patch.setattr(cublaslt, "available", lambda: True)
         patch.setattr(cublaslt, "product", lambda *_: None)
         return products(precision, activations, ((8, 8),), terms=8)

@@ -49,7 +49,7 @@ def only(name: str) -> Any:
     def decide(candidates: Any) -> Choice:
         return next((c for c in candidates if c.name.startswith(name)), candidates[0])
 
-    return tuning._deciding(decide)
+    return tuning.deciding(decide)
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def test_in_a_graph(library: FakeLibrary) -> None:
 
 def test_what_cublaslt_cannot_do_is_no_candidate(library: FakeLibrary) -> None:
     def names(*given: Any) -> list[str]:
-        with tuning._deciding(lambda found: found[0]._replace(reason=str([c.name for c in found]))):
+        with tuning.deciding(lambda found: found[0]._replace(reason=str([c.name for c in found]))):
             return list(eval(choose(*given).reason))
 
     shape = "linear_forward", BATCH, OUTSIDE, INSIDE
@@ -176,7 +176,7 @@ def test_without_the_library_there_are_the_own_kernels(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cublaslt, "library", missing)
     assert not cublaslt.available()
-    with tuning._deciding(lambda found: found[-1]):
+    with tuning.deciding(lambda found: found[-1]):
         last = choose("linear_forward", BATCH, OUTSIDE, INSIDE, "bf16", 80, True)
     assert last.name == "ampere large"
 

@@ -37,12 +37,13 @@ FILES = ("linear_forward.cu", "linear_dgrad.cu", "linear_wgrad.cu", "column_sums
 @contextmanager
 def autotuned() -> Iterator[None]:
     """Let this thread's choices be the fastest here, measured now where nobody has before."""
-    with _deciding(_fastest):
+    with deciding(_fastest):
         yield
 
 
 @contextmanager
-def _deciding(decide: Callable[[Sequence[Choice]], Choice]) -> Iterator[None]:
+def deciding(decide: Callable[[Sequence[Choice]], Choice]) -> Iterator[None]:
+    """Let this thread's choices be what `decide` picks of the candidates."""
     token = DECIDE.set(decide)
     try:
         yield
@@ -68,7 +69,7 @@ def _fastest(candidates: Sequence[Choice]) -> Choice:
 def measured(choice: Choice) -> float:
     """Seconds of one product by this kernel; infinite where it cannot be had."""
     try:
-        with _deciding(lambda _: choice):
+        with deciding(lambda _: choice):
             run = _operator(choice)
 
             def often() -> None:
