@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from backprop_kernels import checks
-from backprop_kernels.arrays import Array
+from backprop_kernels.arrays import Array, LinearLayer
 from backprop_kernels.errors import OptionError, ShapeError
 
 from backprop.losses import (
@@ -22,6 +23,7 @@ from backprop.memory import HOST, Memory, contiguous, expect_one_kind, on_gpu
 from backprop.model import Sequential
 from backprop.passes import Plan, Workspace
 from backprop.pieces import Pieces, Room
+from backprop.precision import one_kernel
 
 
 class Gradients:
@@ -47,18 +49,26 @@ class Gradients:
         self.workspace = Workspace(batch_size, model.dtype, memory)
         self.frozen = frozenset(frozen)
         self.recompute = recompute
-        self.plans: dict[int, Plan] = {}  # by batch size: where activations and deltas lie
+        # By batch size: where activations and deltas lie, where they do lie in memory.
+        self.plans: dict[int, Plan] = {}
+        self.keeps_activations = False  # whether someone wants to look at them after a step
+        self.why = ""  # the network runs layer by layer, or in one kernel
 
     def operators(self, batch: int) -> Callable[..., None]:
         """A function (X, target[, weight]) that runs forward, loss and backward of `batch` rows."""
         model, loss = self.model, self.loss
         backend = model.backend if self._backend is None else self._backend
+        options = options_for_kernel(loss, model.out_features)
+        layers, self.why = one_kernel(
+            model, loss.name, backend, batch, self.frozen, self.keeps_activations
+        )
+        if layers is not None:
+            return partial(self._whole, backend, layers, options)
         plan = Plan(
             model.layers, model.parameters, model.statistics, backend, self.workspace,
             batch, self.flat, self.placed, self.frozen, self.recompute, self.sparse_input,
         )  # fmt: skip
         self.plans[batch] = plan
-        options = options_for_kernel(loss, model.out_features)
         last = plan.passes[-1]
 
         def run(X: Array, target: Array, weight: Array | None = None) -> None:
@@ -70,6 +80,15 @@ class Gradients:
             plan.backward(X)
 
         return run
+
+    def _whole(
+        self, backend: Any, layers: Sequence[LinearLayer], options: Mapping[str, Any],
+        X: Array, target: Array, weight: Array | None = None,
+    ) -> None:  # fmt: skip
+        backend.mlp_step(
+            X, target, self.model.parameters, layers, self.loss.name, options, weight,
+            out=(self.value, self.flat),
+        )  # fmt: skip
 
     def make_room(self, rows: int) -> None:
         """Keep buffers for so many rows only; what was captured before is of no use."""

@@ -67,6 +67,7 @@ class Health(Callback):
                 f"Health: recompute: expected 1, got {recompute}, which leaves no layer's "
                 "activations and deltas to look at"
             )
+        training.step.gradients.keeps_activations = True
         self.layers = [p for p in model.layout.prefixes if p.startswith("layers.")]
         self._before = model.parameters.copy()
         self._change = model.parameters.copy()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from backprop_kernels import checks
+from backprop_kernels.arrays import LinearLayer
 from backprop_kernels.errors import OptionError
 from backprop_kernels.precisions import PRECISIONS
 
@@ -51,6 +52,38 @@ def products(model: Sequential, precision: str | None, where: str) -> Any:
 
     with model.memory:
         return InPrecision(precision)
+
+
+def one_kernel(
+    model: Sequential, loss: str, backend: Any, rows: int, frozen: Collection[str], watched: bool
+) -> tuple[list[LinearLayer] | None, str]:
+    """The layers for `mlp_step`, where one kernel trains the whole network on batches of `rows`.
+
+    Else None. Either way a sentence that says why.
+    """
+    others = [type(x).__name__ for x in model.layers if not isinstance(x, Linear)]
+    reason = ""
+    if not hasattr(backend, "one_kernel"):
+        reason = f"{model.dtype} on {model.device} has no kernel for all"
+    elif others:
+        reason = f"one kernel for all knows Linear layers alone, and there is {others[0]}"
+    elif frozen:
+        reason = f"{min(frozen)} is frozen"
+    elif watched:
+        reason = "activations are looked at after a step"
+    if reason:
+        return None, f"layer by layer, as {reason}"
+    offsets = model.layout.offsets
+    layers = [
+        LinearLayer(
+            layer.in_features, layer.out_features, offsets[f"{name}.weight"],
+            offsets.get(f"{name}.bias"), layer.activation,
+        )
+        for name, layer in zip(model.layout.prefixes, model.layers, strict=True)
+        if isinstance(layer, Linear)
+    ]  # fmt: skip
+    fit, why = backend.one_kernel(layers, loss, rows, model.parameters)
+    return (None if fit is None else layers), why
 
 
 class LossScale:

@@ -28,13 +28,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_part_of_a_dry_run_leaves_its_table(tmp_path: Path) -> None:
     done = run("--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": done in ") == 5
+    assert done.stdout.count(": done in ") == 6
     with (tmp_path / "check.csv").open(newline="") as stream:
         checks = list(csv.DictReader(stream))
     assert len(checks) > 20 and all(row["good"] == "True" for row in checks)
     summary = (tmp_path / "summary.md").read_text()
     assert "- device: none: a dry run in the emulator" in summary and "- commit: " in summary
-    for table in ("step.csv", "operators.csv", "targets.csv", "choices.csv"):
+    for table in ("step.csv", "mlp_step.csv", "operators.csv", "targets.csv", "choices.csv"):
         header = (tmp_path / table).read_text().splitlines()[0]
         assert "| " + " | ".join(header.split(",")) + " |" in summary
 

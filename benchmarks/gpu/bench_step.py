@@ -75,7 +75,7 @@ def flops(batch: int, widths: list[int]) -> float:
     return 2.0 * batch * (3 * sum(sizes) - sizes[0])
 
 
-def ours(precision: str, batch: int, widths: list[int]) -> Contenders:
+def ours(precision: str, batch: int, widths: list[int], by_layers: bool = False) -> Contenders:
     """`graph`: the captured step, launched and not waited for. `queued`: as called from Python.
     `fed`: on arrays of the host. `step`: with its loss as a number."""
     import backprop as bp
@@ -87,6 +87,7 @@ def ours(precision: str, batch: int, widths: list[int]) -> Contenders:
     model = bp.MLP(widths, device="cuda")
     loss = "cross_entropy" if classes else "mse"
     step = bp.TrainStep(model, loss, bp.AdamW(lr=1e-4), batch, precision=precision)
+    step.gradients.keeps_activations = by_layers
     host = step.gradients.inputs(X, y, None, "bench_step", finite=False)
     arrays = [model.memory.place(array) for array in host]
     step.run(*arrays)

@@ -61,6 +61,7 @@ def checks(cupy: Any, sizes: tuple[int, int, int], few: bool) -> Iterator[Check]
             yield f"update {rule} {dtype}", lambda d=dtype, r=rule: updated(cupy, d, r)
     for precision in ("bf16", "fp16", "tf32", "bf16x3", "bf16x6"):
         yield f"whole products {precision}", lambda p=precision: in_precision(cupy, sizes, p, few)
+    yield "a whole network", lambda: whole_network(cupy)
     yield "same bits", lambda: repeated(cupy, sizes, 3 if few else REPEATS)
     yield "a wrong class id", lambda: wrong_class(cupy)
     yield "training", trained
@@ -225,6 +226,29 @@ def updated(cupy: Any, dtype: Any, rule: str) -> float:
     bound = 64 * float(np.finfo(dtype).eps)
     pairs = zip((on_device[0], *on_device[3:]), (P, *state), strict=True)
     return max(float(np.abs(a.get() - b).max()) / bound / 8 for a, b in pairs)
+
+
+def whole_network(cupy: Any) -> float:
+    """Whole numbers through one kernel in bf16: exact, ragged tiles and widths, several blocks."""
+    from backprop_kernels import reference
+    from backprop_kernels.arrays import LinearLayer
+    from backprop_kernels.cuda.in_precision import InPrecision
+
+    rng = np.random.default_rng(0)
+    layers = [LinearLayer(20, 72, 0, 1440, "relu"), LinearLayer(72, 16, 1512, 2664, "identity")]
+    X, P = rng.integers(-2, 3, (1024, 20)), rng.integers(-1, 2, 2680)
+    P[rng.random(P.size) < 0.9] = 0  # few terms a sum, so that nothing grows beyond 8 bits
+    Z = np.maximum(X @ P[:1440].reshape(72, 20).T + P[1440:1512], 0)
+    Z = Z @ P[1512:2664].reshape(16, 72).T + P[2664:]
+    given = [a.astype(np.float32) for a in (X, Z - rng.integers(-2, 3, Z.shape), P)]
+    weight = (np.arange(1024) < 512).astype(np.float32)
+    got = InPrecision("bf16").mlp_step(
+        *(cupy.asarray(a) for a in given), layers, "mse", None, cupy.asarray(weight)
+    )
+    wide = (a.astype(float) for a in given)
+    expected = reference.mlp_step(*wide, layers, "mse", None, weight.astype(float))
+    same = all(np.array_equal(a.get(), b) for a, b in zip(got, expected, strict=True))
+    return 0.0 if same else float("inf")
 
 
 def repeated(cupy: Any, sizes: tuple[int, int, int], times: int) -> float:

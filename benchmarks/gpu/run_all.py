@@ -64,6 +64,9 @@ def parts() -> list[Part]:
         Part("operators agree with the reference", 4, script("check.py"), "check.csv"),
         Part("steps beside bare products and PyTorch", 14, script("bench_step.py"), "step.csv"),
         Part(
+            "whole small networks in one kernel", 4, script("bench_mlp_step.py"), "mlp_step.csv"
+        ),
+        Part(
             "PTX wrappers", 2, suite("-m", "gpu", "tests/kernels/test_ptx.py"), "",
             without("pytest", "scipy"), False,
         ),

@@ -1,7 +1,8 @@
-"""The two types that every backend shares: `Array` and `Dropout`."""
+"""The types that every backend shares: `Array`, `Dropout` and `LinearLayer`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 # NumPy or CuPy. Operators are typed by behaviour, not by library: dispatch refuses the rest.
@@ -18,3 +19,14 @@ class Dropout(NamedTuple):
     rate: float
     stream: Array  # int64 (2,): seed, step. An array, so that a captured program sees new steps.
     layer: int
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One layer of a whole network, and where its tensors begin in the flat parameters."""
+
+    in_features: int
+    out_features: int
+    weight: int
+    bias: int | None
+    activation: str

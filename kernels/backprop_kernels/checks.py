@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from backprop_kernels.activations import ACTIVATIONS, WORD, saved_as_bits
-from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.arrays import Array, Dropout, LinearLayer
 from backprop_kernels.errors import KindError, LabelError, OptionError, ShapeError
 from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
@@ -319,6 +319,46 @@ def _spans(where: str, spans: Sequence[tuple[int, int, int]], size: int, rows: i
                 f"{size} and 0 ≤ row < {rows}, got {tuple(span)}"
             )
         end = span[1]
+
+
+def mlp_step(
+    X: Array,
+    target: Array,
+    P: Array,
+    layers: Sequence[LinearLayer],
+    name: str,
+    options: Mapping[str, Any],
+    sample_weight: Array | None,
+    out: Any,
+) -> None:
+    where = "mlp_step"
+    floating(where, "X", X, 2)
+    size = ("parameters", P.shape[0] if getattr(P, "ndim", 0) == 1 else 0)
+    array(where, "P", P, (size,), X.dtype)
+    if not layers:
+        raise ShapeError(f"{where}: layers: expected at least one, got none")
+    width = X.shape[1]
+    for i, layer in enumerate(layers):
+        choice(f"{where}: layers[{i}]", "activation", layer.activation, ACTIVATIONS)
+        if layer.in_features != width:
+            raise ShapeError(
+                f"{where}: layers[{i}]: expected in_features={width}, what it is given; got "
+                f"{layer.in_features}"
+            )
+        width = layer.out_features
+        for tensor, start, count in (
+            ("weight", layer.weight, width * layer.in_features),
+            ("bias", layer.bias, width),
+        ):
+            if start is not None and not 0 <= start <= P.shape[0] - count:
+                raise ShapeError(
+                    f"{where}: layers[{i}]: {tensor}: expected {count} of the {P.shape[0]} "
+                    f"parameters, got {start} … {start + count}"
+                )
+    Z = np.broadcast_to(np.zeros((), X.dtype), (X.shape[0], width))  # what the loss is taken of
+    loss(Z, target, name, options, layers[-1].activation, sample_weight, None)
+    value = X.dtype if X.dtype.kind == "c" else np.dtype(np.float64)
+    _outputs(where, out, {"value": ((), value), "G": ((size,), P.dtype)})
 
 
 def norm_forward(

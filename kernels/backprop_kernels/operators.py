@@ -95,4 +95,12 @@ OPERATORS: tuple[Operator, ...] = (
         fused="activation, dropout; backward: the layer below, as in linear_dgrad",
         saves="mean, rstd; what linear_forward saves",
     ),
+    Operator(
+        name="mlp_step",
+        functions=("mlp_step",),
+        formula="L, G = ∂L/∂P for Y_l = act_l(Y_(l−1) W_lᵀ + b_l), Y_0 = X",
+        shapes="X(n,i) target(n,o) or (n) P(p) weights(n) → L() G(p)",
+        fused="every layer, forward and backward, and the loss",
+        saves="nothing",
+    ),
 )

@@ -73,6 +73,81 @@ def test_weights_changed_by_hand_are_read() -> None:
 
 
 @pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_one_kernel_trains_as_layers_do(accumulate: int) -> None:
+    """Both round the same numbers in the same places, so the losses of ten steps differ by less
+    than one rounding."""
+    X, y = data(200)
+    curves = []
+    for by_layers in (False, True):
+        model = mlp()
+        step = bp.TrainStep(
+            model, bp.Loss("cross_entropy", label_smoothing=0.1), bp.AdamW(lr=1e-2), 200,
+            precision="bf16", accumulate=accumulate,
+        )  # fmt: skip
+        step.gradients.keeps_activations = by_layers
+        weight = np.arange(200) % 3
+        curves.append([float(step(X, y, weight)) for _ in range(10)])
+        assert step.gradients.why.startswith(
+            "layer by layer" if by_layers else "network 9-33-17-3 in bf16: one kernel"
+        )
+        assert (not step.gradients.plans) is not by_layers
+    assert curves[0] != curves[1]
+    np.testing.assert_allclose(*curves, rtol=2.0**-8)
+    assert curves[0][-1] < 0.8 * curves[0][0]
+
+
+@pytest.mark.usefixtures("emulator")
+def test_one_kernel_gives_the_same_bits_and_refuses_what_is_not_finite() -> None:
+    X, y = data()
+    seen = set()
+    for _ in range(2):
+        model = mlp()
+        step = bp.TrainStep(model, "cross_entropy", "Adam", batch_size=61, precision="bf16")
+        for rows in (61, 7, 61):
+            step(X[:rows], y[:rows])
+        seen.add(model.parameters.tobytes())
+    assert len(seen) == 1
+    bad = X.copy()
+    bad[3, 1] = np.nan
+    with pytest.raises(bp.DataError, match="NaN at row 3, column 1"):
+        float(step(bad, y))
+    assert model.parameters.tobytes() in seen
+    assert step(X, y) == step.loss
+
+
+@pytest.mark.usefixtures("emulator")
+def test_what_one_kernel_does_not_serve_runs_layer_by_layer() -> None:
+    """In words."""
+    X, y = data()
+
+    def why(model: bp.Sequential, loss: Any = "cross_entropy", precision: str = "bf16") -> str:
+        step = bp.TrainStep(model, loss, "SGD", batch_size=61, precision=precision)
+        step.gradients.operators(61)
+        return step.gradients.why
+
+    frozen, wide = mlp(), bp.MLP([9, 200, 3], device="cuda")
+    frozen.freeze("layers.0")
+    assert why(mlp(dropout=0.1)) == (
+        "layer by layer, as one kernel for all knows Linear layers alone, and there is Dropout"
+    )
+    assert why(frozen) == "layer by layer, as layers.0.bias is frozen"
+    assert (
+        why(wide)
+        == "network 9-200-3 in bf16: layer by layer, as a layer is 200 wide, more than 128"
+    )
+    assert why(mlp(), precision="tf32").endswith("as one kernel for all is there for bf16 alone")
+    assert why(mlp(), precision="float32") == (
+        "layer by layer, as float32 on cuda has no kernel for all"
+    )
+    health = bp.Health(every=1)
+    model = mlp()
+    bp.fit(model, X, y, loss="cross_entropy", epochs=1, batch_size=61, precision="bf16",
+           callbacks=[health], progress=False)  # fmt: skip
+    assert len(health.samples["gradient"]) == 1
+
+
+@pytest.mark.usefixtures("emulator")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_loss_scale_falls_until_the_batch_fits(accumulate: int) -> None:
     """No batch is left out, and the gradient is that of an unscaled one."""

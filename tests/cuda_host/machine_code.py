@@ -16,6 +16,8 @@ from typing import NamedTuple
 import pytest
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda.compile import STRICT, Unit
+from backprop_kernels.cuda.mlp_fit import LEAST_SHARED
+from backprop_kernels.cuda.mlp_fit import SHARED as SHARED_OF_GPU
 from backprop_kernels.errors import KernelCompileError
 
 from tests.cuda_host.recorder import Asked
@@ -35,11 +37,13 @@ TENSOR_CORES, ALL_REGISTERS, MOST_SHARED = "tensor_product.cuh", 255, 99 << 10
 # Those of Hopper, on sm_90 alone: warpgroups share out the registers that a block gets.
 HOPPER, HOPPERS_SHARED = "hopper_product.cuh", 227 << 10
 WGMMA = {"HGMMA", "UTMALDG", "UTMASTG", "STSM", "SYNCS", "USETMAXREG"}
+WHOLE_NETWORKS = "mlp_step.cu"  # takes all the registers, and of shared memory what the GPU has
 # Kernels that add or scale in float64 on purpose, whatever the dtype of their arrays.
 FLOAT64 = {
     "gradient_squares", "loss", "loss_cross_entropy", "loss_gaussian_nll", "loss_shares",
-    "loss_value", "loss_weights", "optimizer_update",
+    "loss_value", "loss_weights", "mlp_step", "optimizer_update",
 }  # fmt: skip
+PRODUCTS = ("linear_", "mlp_step")  # how entries begin that multiply matrices
 # What the inner loop of a product must be made of.
 MULTIPLIES = {"float": "FFMA", "double": "DFMA"}
 PARAMETER = {
@@ -73,8 +77,20 @@ def on_tensor_cores(unit: Unit) -> bool:
     return TENSOR_CORES in unit.variant
 
 
+def budget(unit: Unit, arch: str) -> tuple[int, int]:
+    """(registers a thread, bytes of shared memory) that a kernel may take."""
+    if unit.file == WHOLE_NETWORKS:
+        capability = int(arch.removeprefix("sm_").rstrip("a"))
+        return ALL_REGISTERS, SHARED_OF_GPU.get(capability, LEAST_SHARED) << 10
+    if HOPPER in unit.variant:
+        return REGISTERS_PER_THREAD, HOPPERS_SHARED
+    return (ALL_REGISTERS, MOST_SHARED) if on_tensor_cores(unit) else (REGISTERS_PER_THREAD, SHARED)
+
+
 def expected(unit: Unit) -> set[str]:
     """Instructions that a product must have."""
+    if unit.file == WHOLE_NETWORKS:
+        return {"HMMA", "LDSM"}
     votes = "using kept = u32" in unit.variant and unit.file == "linear_forward.cu"
     bits = {"VOTE"} if votes else set()
     if HOPPER in unit.variant:
@@ -101,12 +117,10 @@ def problems(job: Job) -> list[str]:
         registers, shared, stack = usage(compiled.log, entry)
         if stack:
             found.append(f"{entry}: {stack} bytes of stack")
-        tensor_cores = on_tensor_cores(unit)
-        each = ALL_REGISTERS if tensor_cores else REGISTERS_PER_THREAD
-        if registers > min(each, REGISTERS // max(asked.threads)):
+        most_registers, most_shared = budget(unit, arch)
+        if registers > min(most_registers, REGISTERS // max(asked.threads)):
             found.append(f"{entry}: {registers} registers in {max(asked.threads)} threads")
-        most = HOPPERS_SHARED if HOPPER in unit.variant else MOST_SHARED if tensor_cores else SHARED
-        if shared + asked.shared > most:
+        if shared + asked.shared > most_shared:
             found.append(f"{entry}: {shared} + {asked.shared} bytes of shared memory")
         if real(unit) == "float" and entry not in FLOAT64 and ".f64" in body(compiled.ptx, entry):
             found.append(f"{entry}: float64 in the PTX")
@@ -114,7 +128,7 @@ def problems(job: Job) -> list[str]:
             kinds = {code.partition(".")[0] for code in made_of[entry]}
             if kinds & {"LDL", "STL"}:
                 found.append(f"{entry}: local memory")
-            if entry.startswith("linear_") and not expected(unit) <= kinds:
+            if entry.startswith(PRODUCTS) and not expected(unit) <= kinds:
                 found.append(f"{entry}: no {', '.join(sorted(expected(unit) - kinds))}")
             if real(unit) == "float" and entry not in FLOAT64:
                 double = [c for c in made_of[entry] if re.match(r"D(ADD|MUL|FMA)\b", c)]

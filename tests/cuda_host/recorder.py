@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,12 +19,14 @@ from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda import cublaslt, tensor_map, tiles, tuning
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.in_precision import InPrecision
+from backprop_kernels.cuda.mlp_fit import choose
 from backprop_kernels.cuda.stepping import Stepping
 from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
 
 from tests.cuda_host import cupy_stand_in as stand_in
 from tests.cuda_host.tensor_map import encode
+from tests.networks import Network
 
 
 @dataclass
@@ -96,6 +99,11 @@ def everything(
     return record
 
 
+# Widths of whole networks: those that leave the fewest registers, and others.
+NETWORKS = (
+    (128, 128, 128), (128, 128, 128, 10), (64, 64, 64, 64, 64, 10), (64, 128, 128, 10),
+    (100, 33, 7), (3, 5), (32,) * 9,
+)  # fmt: skip
 # Rows and columns of products that the tiles on tensor cores serve: small, large, wide.
 EACH_TILE = ((8, 4), (4096, 256), (8192, 4))
 
@@ -137,6 +145,30 @@ def given_products(precision: str, activations: Sequence[str]) -> Record:
         patch.setattr(cublaslt, "available", lambda: True)
         patch.setattr(cublaslt, "product", lambda *_: None)
         return products(precision, activations, ((8, 8),), terms=8)
+
+
+def networks(
+    capability: int, names: Sequence[str], losses: Sequence[str],
+    networks: Sequence[Sequence[int]] = NETWORKS, rows: int = 2**18,
+) -> Record:  # fmt: skip
+    """The record of `mlp_step` in bf16: the widest networks that fit a GPU, and small ones."""
+    with recording() as record, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stand_in.Device, "compute_capability", str(capability))
+        backend, real = InPrecision("bf16"), np.dtype(np.float32)
+        for name, loss, widths in product(names, losses, networks):
+            made = Network.of(widths, name)
+            if choose(made.layers, loss, "bf16", capability, rows).fit is None:
+                continue
+            X, P = _empty(real, rows, widths[0]), _empty(real, made.size)
+            ids = loss == "cross_entropy"
+            target = _empty(np.dtype(np.int64), rows) if ids else _empty(real, rows, widths[-1])
+            out = stand_in.zeros((), np.float64), _empty(real, made.size)
+            cuda.capture(
+                lambda X, t, P, loss=loss, made=made, backend=backend, out=out: backend.mlp_step(
+                    X, t, P, made.layers, loss, out=out
+                ), X, target, P,
+            )  # fmt: skip
+    return record
 
 
 def whole() -> tuple[Sequence[str], Sequence[str], Sequence[str], Sequence[str]]:

@@ -124,12 +124,31 @@ def test_every_product_on_tensor_cores_compiles(arch: str) -> None:
     assert not all_problems(chosen)
 
 
+def test_a_whole_network_compiles_as_it_is_launched() -> None:
+    """The one that leaves the fewest registers."""
+    record = recorder.networks(90, ("gelu",), ("mse",), networks=recorder.NETWORKS[:1])
+    chosen = list(jobs(record, "sm_90a", lambda u: u.file == "mlp_step.cu"))
+    assert len(chosen) == 2  # and the sum of the loss
+    assert not all_problems(chosen)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ("sm_90a", *ARCHITECTURES[1:]))
+def test_every_kind_of_whole_network_compiles(arch: str) -> None:
+    capability = int(arch.removeprefix("sm_").rstrip("a"))
+    record = recorder.networks(capability, ("gelu", "mish"), ("cross_entropy",))
+    chosen = list(jobs(record, arch, lambda _: True))
+    print(f"{len(chosen)} units for {arch}")
+    assert not all_problems(chosen)
+
+
 def test_every_cu_file_and_entry_is_launched() -> None:
     """So that nothing escapes these checks."""
     record = recorder.everything(("float32",), ("gelu",), ("mse", "cross_entropy", "gaussian_nll"),
                                  ("SGD",))  # fmt: skip
+    more = recorder.networks(90, ("relu",), ("mse",), networks=((3, 5),))
     launched: dict[str, set[str]] = {}
-    for unit, entries in (record | recorder.products("bf16", ("gelu",))).items():
+    for unit, entries in (record | recorder.products("bf16", ("gelu",)) | more).items():
         launched.setdefault(unit.file, set()).update(entries)
     written = {
         path.name: set(re.findall(r"^(\w+)\(", path.read_text(encoding="utf-8"), re.M))

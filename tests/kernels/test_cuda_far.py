@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from backprop_kernels import cuda
-from backprop_kernels.cuda import tiles
+from backprop_kernels.arrays import LinearLayer
+from backprop_kernels.cuda import mlp_fit, tiles
 from backprop_kernels.cuda.epilogue import column_sums
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.errors import ShapeError
@@ -217,6 +218,17 @@ def update() -> None:
     assert ends(P) == (2.5, 3) and abs(float(norm) - 5**0.5) < 1e-12
 
 
+def whole_network() -> None:
+    """Far rows of X, in blocks of 64."""
+    rows, width = 2**25, 128
+    layers = [LinearLayer(width, 1, 0, None, "identity")]
+    given = array(rows, width, first=2, last=3), array(rows, 1), array(width, first=1, last=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp_fit, "BLOCKS", rows)
+        _, G = InPrecision("bf16").mlp_step(*given, layers)
+    assert ends(G) == tuple(2 * x * z / rows for x, z in ((2, 2), (3, 12)))
+
+
 def cut(file: str, text: str, check: Callable[[], None]) -> Mutant:
     """What stands in angle brackets is cut to an int."""
     new = text.replace("⟨", "int(").replace("⟩", ")")
@@ -242,12 +254,14 @@ MUTANTS = [
     cut("cast.cu", "out[⟨i⟩]", casts),
     cut("gather_rows.cu", "Y[⟨r * words + w⟩]", gathers),
     cut("gather_rows.cu", "X[⟨source * words + w⟩]", gathers),
-    cut("loss.cu", "dZ[⟨e⟩] = g", losses),
-    cut("loss.cu", "value(Z[⟨e⟩]", losses),
+    cut("loss.cu", "dZ[⟨e⟩] = loss_element", losses),
+    cut("loss.cu", "(Z[⟨e⟩], aim", losses),
+    cut("elementwise_loss.cuh", "aim.target[⟨i * columns + j⟩]", losses),
     cut("loss_gaussian_nll.cu", "target[⟨i * half + k⟩]", losses),
     cut("loss_gaussian_nll.cu", "dZ[⟨i * columns + j⟩] = g", losses),
-    cut("loss_cross_entropy.cu", "z = Z + ⟨i * columns⟩", classes),
-    cut("loss_cross_entropy.cu", "probabilities[⟨i * columns + j⟩]", classes),
+    cut("loss_cross_entropy.cu", "loss_row(Z + ⟨i * columns⟩", classes),
+    cut("cross_entropy.cuh", "aim.target[⟨i * columns + j⟩]", classes),
+    cut("mlp_step.cu", "X + ⟨row * Layer<0>::IN⟩", whole_network),
     cut("optimizer_step.cu", "double(G[⟨i⟩]) *", update),
     cut("optimizer_step.cu", "P[⟨i⟩] = p", update),
 ]  # fmt: skip
@@ -268,6 +282,7 @@ SHORT = (forward, wgrad, gathers)
 LONG = (
     forward_from_far, dgrad, dgrad_from_far, wgrad_from_far, tensor_cores, sums, casts, batch_norm,
     layer_norm, losses, classes, update,
+    whole_network,
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from tests import saved as kept
 from tests.cuda_host import build
 from tests.cuda_host.backend import backend
 from tests.cuda_host.hopper_mutants import HOPPER
+from tests.cuda_host.mlp_mutants import MLP_STEP
 from tests.cuda_host.mutants import (
     BARRIER,
     F32,
@@ -259,21 +260,22 @@ MUTANTS = [
     Mutant("optimizer_step.cu", "if (STATES == 2) state1[i] = s[1];", "", updates),
     Mutant("optimizer_step.cu", "i < stop;", "i <= stop;", updates),
     Mutant("optimizer_step.cu", "+ 2] * (1 + SCALARS)", "+ 2] * SCALARS", unclipped),
+    Mutant("aim.cuh", "real a, b;", "real b, a;", classes),
     Mutant("loss_sums.cu", "if (label == ignored) return 0.0;", "", classes),
     Mutant("loss_sums.cu", "label < classes", "label <= classes", classes),
     Mutant("loss_sums.cu", "weight == 0 || total == 0 ?", "weight == 0 ?", classes),
     Mutant("loss_sums.cu", "&& weight > 0)", "&& weight > 2)", classes),
-    Mutant("loss.cu", "if (w != 0) {", "{", losses),
-    Mutant("loss.cu", "* mean * w", "/ mean * w", losses),
+    Mutant("elementwise_loss.cuh", "if (w != 0) {", "{", losses),
+    Mutant("elementwise_loss.cuh", "* mean * w", "/ mean * w", losses),
     Mutant("loss.cu", "sum / double(columns)", "sum", losses),
     Mutant("loss_gaussian_nll.cu", "derivative(SAVES == 1 ? y : z)", "derivative(z)", likelihood),
     Mutant("loss_gaussian_nll.cu", "real(1) - square", "square - real(1)", likelihood),
     Mutant("loss_gaussian_nll.cu", "j < half ? j : j - half", "j", likelihood),
-    Mutant("loss_cross_entropy.cu", "if (q_j != 0) value", "value", classes),
-    Mutant("loss_cross_entropy.cu", "* p + uniform", "* p - uniform", classes),
+    Mutant("cross_entropy.cuh", "if (q_j != 0) value", "value", classes),
+    Mutant("cross_entropy.cuh", "* p + uniform", "* p - uniform", classes),
     Mutant("loss_cross_entropy.cu", "here ? row : first", "row", classes),
-    Mutant("loss_cross_entropy.cu", "(z[j]) - top)", "(z[j]))", classes),
-    Mutant("loss_cross_entropy.cu", "lane_sum(weight, lanes)", "weight", classes),
+    Mutant("cross_entropy.cuh", "(z[j]) - top)", "(z[j]))", classes),
+    Mutant("cross_entropy.cuh", "lane_sum(weight, lanes)", "weight", classes),
     Mutant("batch_norm.cu", "sum[j] / count", "sum[j] * count", batch_norm),
     Mutant("batch_norm.cu", " + count * d * d", " + d * d", batch_norm),
     Mutant("batch_norm.cu", "max(rows - 1, 1ll)", "rows", batch_norm),
@@ -336,6 +338,7 @@ MUTANTS = [
     *TENSOR_CORES,
     *HOPPER,
     *PTX,
+    *MLP_STEP,
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from backprop_kernels.cpu.linear_dgrad import linear_dgrad
 from backprop_kernels.cpu.linear_forward import linear_forward
 from backprop_kernels.cpu.linear_wgrad import linear_wgrad
 from backprop_kernels.cpu.loss import loss
+from backprop_kernels.cpu.mlp_step import mlp_step
 from backprop_kernels.cpu.optimizer_step import optimizer_step
 from backprop_kernels.cpu.program import capture, check_compiler
 from backprop_kernels.cpu.sparse_input import sparse_input_forward, sparse_input_wgrad
@@ -26,6 +27,7 @@ __all__ = [
     "linear_forward",
     "linear_wgrad",
     "loss",
+    "mlp_step",
     "optimizer_step",
     "sparse_input_forward",
     "sparse_input_wgrad",

@@ -14,6 +14,7 @@ from backprop_kernels.cuda.linear_dgrad import linear_dgrad
 from backprop_kernels.cuda.linear_forward import linear_forward
 from backprop_kernels.cuda.linear_wgrad import linear_wgrad
 from backprop_kernels.cuda.loss import loss
+from backprop_kernels.cuda.mlp_step import mlp_step
 from backprop_kernels.cuda.optimizer_step import optimizer_step
 from backprop_kernels.cuda.sparse_input import sparse_input_forward, sparse_input_wgrad
 
@@ -28,6 +29,7 @@ __all__ = [
     "linear_forward",
     "linear_wgrad",
     "loss",
+    "mlp_step",
     "optimizer_step",
     "sparse_input_forward",
     "sparse_input_wgrad",

@@ -7,19 +7,21 @@ what the loss reads are float32. Nothing else changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from backprop_kernels import cuda
-from backprop_kernels.arrays import Array
+from backprop_kernels.arrays import Array, LinearLayer
 from backprop_kernels.cuda.cast import cast
-from backprop_kernels.cuda.launch import constant, copy, empty
+from backprop_kernels.cuda.launch import capability, constant, copy, empty
 from backprop_kernels.cuda.linear_dgrad import dgrad
 from backprop_kernels.cuda.linear_forward import forward
 from backprop_kernels.cuda.linear_wgrad import wgrad
+from backprop_kernels.cuda.mlp_fit import Choice, choose
+from backprop_kernels.cuda.mlp_step import whole
 from backprop_kernels.precisions import PRECISIONS
 
 
@@ -41,9 +43,14 @@ class InPrecision:
         self.linear_dgrad = partial(dgrad, precision, self._unscale)
         self.linear_wgrad = partial(wgrad, precision, self._unscale)
         self.cast = partial(cast, precision)
+        self.mlp_step = partial(whole, precision)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda, name)
+
+    def one_kernel(self, layers: Sequence[LinearLayer], loss: str, rows: int, P: Array) -> Choice:
+        """Whether `mlp_step` serves this network on the GPU that holds P, and why."""
+        return choose(layers, loss, self.precision.name, capability(P), rows)
 
     def set_loss_scale(self, scale: float) -> None:
         """What deltas are multiplied by from the next step on: a power of two."""

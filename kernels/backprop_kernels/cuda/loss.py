@@ -58,54 +58,70 @@ def loss(
     work = division(rows, columns)
     blocks = work.blocks if columns else 0
     partial, values = empty((blocks, columns), Z.dtype), empty((blocks,), np.float64)
-    ids = name == "cross_entropy" and target.ndim == 1
-    class_weight = _option(options.get("class_weight"), Z.dtype)[1]
-
-    shares = None
-    if rows and (ids or sample_weight is not None):
-        shares = _shares(Z, target if ids else None, options, class_weight, sample_weight)
+    numbers = option_arguments(options, Z.dtype)
+    labels, values_of = aim(name, target)
+    shares = row_shares(Z.shape, Z.dtype, labels, options, numbers[3], sample_weight)
     if blocks:
         share = Z.dtype.type(1 / rows)
         common = shares, share, dZ, partial, values, *work.arguments
         grid, block = (blocks,), (THREADS,)
         if name == "cross_entropy":
-            targets = (target, None) if ids else (None, target)
-            smoothing = _option(options["label_smoothing"], Z.dtype)[0]
-            text = variant(Z.dtype, activation) + _labels(target if ids else None)
             launch(
-                Unit("loss_cross_entropy.cu", text), "loss_cross_entropy", grid, block, Z,
-                *targets, *common, smoothing, class_weight,
+                Unit("loss_cross_entropy.cu", functions(Z.dtype, name, activation, labels)),
+                "loss_cross_entropy", grid, block, Z, labels, values_of, *common, numbers[0],
+                numbers[3],
             )  # fmt: skip
         elif name == "gaussian_nll":
             unit = Unit("loss_gaussian_nll.cu", variant(Z.dtype, activation))
             launch(unit, "loss_gaussian_nll", grid, block, Z, target, *common)
         else:
-            numbers = [_option(v, Z.dtype) for v in (*options.values(), 0, 0)][:2]
-            unit = Unit("loss.cu", _elementwise(Z.dtype, name, activation))
-            launch(unit, "loss", grid, block, Z, target, *common, *numbers[0], *numbers[1])
-    launch(_sums(Z.dtype, None), "loss_value", (1,), (THREADS,), values, blocks, value)
+            unit = Unit("loss.cu", functions(Z.dtype, name, activation, None))
+            launch(unit, "loss", grid, block, Z, target, *common, *numbers)
+    sum_up(values, value, Z.dtype)
     if db is not None:
         column_sums(partial, db)
     return value, dZ, db
 
 
-def _shares(
-    Z: Array, labels: Array | None, options: Mapping[str, Any], class_weight: Array | None,
-    weights: Array | None,
-) -> Array:  # fmt: skip
-    """(rows,): what each row weighs in the mean. Checks class ids before anything is written."""
-    rows, classes = Z.shape
+def aim(name: str, target: Array) -> tuple[Array | None, Array | None]:
+    """(class ids, other targets): one of them."""
+    return (target, None) if name == "cross_entropy" and target.ndim == 1 else (None, target)
+
+
+def option_arguments(options: Mapping[str, Any], dtype: np.dtype[Any]) -> tuple[Any, ...]:
+    """The loss's two options as kernels take them: a number and an array by column, twice."""
+    given = [value for option, value in options.items() if option != "ignore_index"]
+    a, b = (_option(value, dtype) for value in (*given, 0, 0)[:2])
+    return *a, *b
+
+
+def row_shares(
+    shape: tuple[int, int], dtype: np.dtype[Any], labels: Array | None,
+    options: Mapping[str, Any], class_weight: Array | None, weights: Array | None,
+) -> Array | None:  # fmt: skip
+    """(rows,): what each row weighs in the mean; None where all weigh the same.
+
+    Checks class ids before anything is written.
+    """
+    rows, classes = shape
+    if not rows or (labels is None and weights is None):
+        return None
     ignored = int(options.get("ignore_index", 0))
     blocks = blocks_for(rows)
     totals, wrong = empty((blocks,), np.float64), empty((blocks,), np.int64)
-    shares = empty((rows,), Z.dtype)
-    unit, grid, block = _sums(Z.dtype, labels), (blocks,), (THREADS,)
+    shares = empty((rows,), dtype)
+    unit, grid, block = _sums(dtype, labels), (blocks,), (THREADS,)
     common = weights, labels, ignored, classes
     launch(unit, "loss_weights", grid, block, *common, class_weight, totals, wrong, rows)
     if labels is not None and not recording() and wrong.get().any():
         checks.class_ids(labels.get(), classes, ignored)
     launch(unit, "loss_shares", grid, block, *common, totals, blocks, shares, rows)
     return shares
+
+
+def sum_up(values: Array, value: Array, dtype: np.dtype[Any]) -> None:
+    """value () = Σ values, in order."""
+    launch(_sums(dtype, None), "loss_value", (1,), (THREADS,), values, len(values), value)
 
 
 def _sums(dtype: np.dtype[Any], labels: Array | None) -> Unit:
@@ -122,6 +138,13 @@ def _option(value: Any, dtype: np.dtype[Any]) -> tuple[Any, Array | None]:
     if np.ndim(value) == 0:
         return dtype.type(1 if value is None else value), None
     return dtype.type(1), constant(value, dtype)
+
+
+def functions(dtype: Any, name: str, activation: str, labels: Array | None) -> str:
+    """variant.cuh of a loss and the output activation."""
+    whole_row = LOSSES[name].value is None
+    text = variant(dtype, activation) if whole_row else _elementwise(dtype, name, activation)
+    return text + _labels(labels)
 
 
 @cache
