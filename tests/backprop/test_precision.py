@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from backprop_kernels.precisions import PRECISIONS
 import backprop as bp
 from backprop import precision as module
 from backprop.precision import LARGEST, LossScale
+from tests.cuda_host.hopper import SHARED, on_hopper
 
 LOW = ["bf16", "fp16", *(pytest.param(p, marks=pytest.mark.long) for p in ("tf32", "bf16x3"))]
 SIZES = [9, 33, 17, 3]
@@ -60,6 +62,27 @@ def test_fit_learns_and_predict_is_near(precision: str) -> None:
     error = np.linalg.norm(low - plain) / np.linalg.norm(plain)
     assert 0 < error < 3 * 4 * 2.0 ** -PRECISIONS[precision].digits
     assert np.array_equal(low[:7], model.predict(X[:7], precision=precision))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("emulator")
+def test_steps_on_hopper_are_near_those_of_the_ampere_generation() -> None:
+    """Each a graph that is replayed; sums are added in another order, then rounded to bfloat16."""
+    rng = np.random.default_rng(2)
+    X, Y = (rng.standard_normal((136, n)).astype(np.float32) for n in (16, 8))
+    losses, gradients = [], []
+    for place in (nullcontext(), on_hopper(SHARED)):
+        with place:
+            model = bp.MLP(
+                [16, 72, 64, 8], activation="relu", dropout=0.1, device="cuda", seed=1
+            )  # fmt: skip
+            step = bp.TrainStep(model, "mse", bp.SGD(lr=0.1), batch_size=136, precision="bf16")
+            losses.append([float(step(X, Y)) for _ in range(3)])
+            gradients.append(step.gradients.flat.get())
+    np.testing.assert_allclose(*losses, rtol=2**-9)
+    assert losses[0][2] < losses[0][0] and not np.array_equal(*gradients)
+    error = np.linalg.norm(gradients[0] - gradients[1]) / np.linalg.norm(gradients[0])
+    assert error < 3 * 6 * 2**-8
 
 
 @pytest.mark.usefixtures("emulator")

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from backprop_kernels import reference
 from backprop_kernels.cuda.tiles import Tile
-from backprop_kernels.precisions import round_to
+from backprop_kernels.precisions import round_to, widen
 
 from tests.cuda_host import hopper
 from tests.cuda_host.mutants import F32, Mutant, whole
@@ -60,6 +60,16 @@ def bits() -> None:
     expected[:, :40] = Z > 0
     got = np.unpackbits(np.ascontiguousarray(saved).view(np.uint8), axis=1, bitorder="little")
     np.testing.assert_array_equal(got, expected)
+
+
+def derivatives() -> None:
+    """Of what was saved, each at its own element, up to the last one before the guard page."""
+    dZ, W, Z = whole((70, 8), (8, 40), (70, 40))
+    with hopper.on_hopper(hopper.SHARED):
+        given = (round_to(a, "bf16") for a in (dZ, W, Z))
+        dZ_prev, _ = mixed("bf16").linear_dgrad(*given, "softsign")
+    exact, _ = reference.linear_dgrad(*(a.astype(float) for a in (dZ, W, Z)), "softsign")
+    np.testing.assert_allclose(widen(dZ_prev), exact, rtol=2**-7, atol=1e-6)
 
 
 def replayed() -> None:
@@ -118,6 +128,7 @@ HOPPER = [
     HEADER("            group_sync(group);\n            T* out", "            T* out", shared),
     HEADER("fence_shared_async();\n            group_sync(group);", "", shared),
     HEADER("if (m0 + row >= M) break;", "", bits),
+    HEADER("m0 + first + i * GROUP / 32, M - 1", "m0 + first, M - 1", derivatives),
     HEADER("s_totals[lane * STRIDE + warp] = total;\n            group_sync(group);",
            "s_totals[lane * STRIDE + warp] = total;", shared),
     HEADER("i = 1; i < GROUP / 32", "i = 2; i < GROUP / 32", shared),

@@ -5,13 +5,14 @@ That they are right, `test_precision.py` shows, with tiles of both generations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.in_precision import InPrecision
-from backprop_kernels.cuda.tiles import COOPERATIVE, PING_PONG, Tile, choose
+from backprop_kernels.cuda.tiles import COOPERATIVE, DECIDE, PING_PONG, Choice, Tile, choose
 from backprop_kernels.precisions import round_to
 
 from tests.cuda_host import build, hopper
@@ -68,6 +69,28 @@ def test_elsewhere_the_ampere_generation_serves(
     chosen = choose("linear_forward", *size, 4096, precision, capability, can_map)
     assert chosen.tile.generation == "ampere"
     assert why in chosen.why and ("wgmma" in chosen.why) == bool(why)
+
+
+def test_autotune_is_given_both_generations() -> None:
+    seen: list[str] = []
+
+    def decide(candidates: Sequence[Choice]) -> Choice:
+        seen.extend(c.name for c in candidates)
+        return candidates[1]
+
+    token = DECIDE.set(decide)
+    try:
+        for capability, can_map in ((90, True), (90, False), (100, True)):
+            seen.clear()
+            second = choose("linear_forward", 8192, 4096, 64, "fp16", capability, can_map)
+            ampere = ["ampere wide", "ampere large", "ampere small"]
+            if (capability, can_map) == (90, True):
+                assert second.tile == COOPERATIVE and second.run == 64
+                assert seen[:5] == ["hopper ping-pong", "hopper cooperative", *ampere]
+            else:
+                assert seen[:3] == ampere
+    finally:
+        DECIDE.reset(token)
 
 
 def both(bf16: Any, tile: Tile, name: str, *given: Any) -> list[Any]:

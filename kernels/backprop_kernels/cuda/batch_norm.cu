@@ -101,7 +101,8 @@ batch_norm_backward(const real* dZ, const real* X, const real* gamma, const real
         const long long e = i * columns + j;
         const real x_hat = (X[e] - mean[j]) * rstd[j];
         const real d = dZ[e] - dbeta[j] * share - x_hat * (dgamma[j] * share);
-        const real g = backward_epilogue(gamma[j] * rstd[j] * d, i, j, columns, saved, keep, scale);
+        const Saved of = read_saved(saved, i, j, columns);
+        const real g = backward_epilogue(gamma[j] * rstd[j] * d, i, j, columns, of, keep, scale);
         dZ_prev[e] = g;
         return g;
     });

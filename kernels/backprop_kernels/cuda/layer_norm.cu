@@ -70,7 +70,8 @@ layer_norm_backward(const real* dZ, const real* X, const real* gamma, const real
         for (long long j = lane; j < columns; j += TEAM) {
             const real x_hat = (X[e + j] - mean[i]) * rstd[i];
             const real g = rstd[i] * (dZ[e + j] * gamma[j] - shift - x_hat * slope);
-            dZ_prev[e + j] = backward_epilogue(g, i, j, columns, saved, keep, scale);
+            const Saved of = read_saved(saved, i, j, columns);
+            dZ_prev[e + j] = backward_epilogue(g, i, j, columns, of, keep, scale);
         }
     }
     column_partials(first, last, columns, int(across), products + blockIdx.x * columns,

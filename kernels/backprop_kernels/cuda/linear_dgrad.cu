@@ -18,10 +18,11 @@ linear_dgrad(const __grid_constant__ Matrix dZ, const __grid_constant__ Matrix W
              long long threshold, real scale) {
     for_each_tile<false, true>(dZ, W, M, N, K, Uncut(), [&](Corner at, const Sums& sums) {
         KeepMask keep(stream, layer, threshold);
-        const auto element = [&](long long m, long long n, real sum) {
-            return n < N ? backward_epilogue(sum, m, n, N, saved, keep, scale) : real(0);
+        const auto of = [&](long long m, long long n) { return read_saved(saved, m, min(n, N - 1), N); };
+        const auto element = [&](long long m, long long n, real sum, Saved of) {
+            return n < N ? backward_epilogue(sum, m, n, N, of, keep, scale) : real(0);
         };
-        write_tile(sums, M, N, at, dZ_prev, element, [&](long long n, real total) {
+        write_tile(sums, M, N, at, dZ_prev, of, element, [&](long long n, real total) {
             if (partial) partial[at.m / SUMMED_ROWS * N + n] = unscale ? total * *unscale : total;
         });
     });

@@ -14,9 +14,9 @@ linear_forward(const __grid_constant__ Matrix X, const __grid_constant__ Matrix 
                long long K, const long long* stream, long long layer, long long threshold, real scale) {
     for_each_tile<false, false>(X, W, M, N, K, Uncut(), [&](Corner at, const Sums& sums) {
         KeepMask keep(stream, layer, threshold);
-        write_tile(sums, M, N, at, Y, [&](long long m, long long n, real sum) {
-            const real z = b && n < N ? sum + b[n] : sum;
-            return forward_epilogue(z, m, n, N, n < N, saved, keep, scale);
+        const auto bias = [&](long long, long long n) { return b && n < N ? b[n] : real(0); };
+        write_tile(sums, M, N, at, Y, bias, [&](long long m, long long n, real sum, real bias) {
+            return forward_epilogue(sum + bias, m, n, N, n < N, saved, keep, scale);
         });
     });
 }

@@ -16,6 +16,7 @@ linear_wgrad(const __grid_constant__ Matrix dZ, const __grid_constant__ Matrix X
     const real factor = unscale ? *unscale : real(1);
     const Cut cut{rows_per_run, unfinished, turns};
     for_each_tile<true, true>(dZ, X, M, N, K, cut, [&](Corner at, const Sums& sums) {
-        write_tile(sums, M, N, at, dW, [&](long long, long long, real sum) { return sum * factor; });
+        const auto nothing = [](long long, long long) { return 0; };
+        write_tile(sums, M, N, at, dW, nothing, [&](long long, long long, real sum, int) { return sum * factor; });
     });
 }

@@ -16,6 +16,7 @@ from backprop_kernels.errors import DeviceUnavailableError
 
 BYTES, ALIGNMENT = 128, 64
 ROWS_ON = 16  # bytes: where the first row starts, and the distance of rows
+LONGEST = 2**31 - 2**10  # rows or columns: kernels count in 32 bits, and a tile may reach beyond
 # Of the driver's enumerations CUtensorMapDataType, …Swizzle and …L2promotion.
 TYPES = {"uint16": 9, "float16": 6, "float32": 7}  # bfloat16 lies in uint16
 SWIZZLE_NONE, SWIZZLE_128, PROMOTE_256 = 0, 3, 3
@@ -29,9 +30,12 @@ class TensorMap(NamedTuple):
 
 
 def can_map(*matrices: Array) -> bool:
-    """Whether TMA takes them: rows that start on 16 bytes, and some elements."""
+    """Whether TMA takes them: rows that start on 16 bytes, not too many, and some elements."""
     return all(
-        m.size > 0 and m.data.ptr % ROWS_ON == 0 and m.shape[1] * m.itemsize % ROWS_ON == 0
+        m.size > 0
+        and max(m.shape) <= LONGEST
+        and m.data.ptr % ROWS_ON == 0
+        and m.shape[1] * m.itemsize % ROWS_ON == 0
         for m in matrices
     )
 

@@ -80,10 +80,11 @@ PLANES = _ampere("halved", 128, 128, 64, 32, 4), AMPERE[-1]
 COOPERATIVE = _hopper("cooperative", 1, 256, 4, 2, False)
 PING_PONG = _hopper("ping-pong", 2, 128, 6, 2, True)
 HOPPER = {
-    "linear_forward": (PING_PONG,),
-    "linear_dgrad": (PING_PONG,),
-    "linear_wgrad": (COOPERATIVE,),
+    "linear_forward": (PING_PONG, COOPERATIVE),
+    "linear_dgrad": (PING_PONG, COOPERATIVE),
+    "linear_wgrad": (COOPERATIVE, PING_PONG),
 }
+HOPPERS = ("bf16", "fp16")  # what wgmma takes whichever way K runs
 LIBRARY = Tile("cublaslt", "of its own", 32, 128, 256, 0, "given_product.cuh", (32, 128, 256), 32)
 # What lies in memory, and what is multiplied: the C++ types of floats.cuh.
 NUMBERS = {
@@ -108,7 +109,7 @@ ENOUGH_BLOCKS = 64  # fewer would leave multiprocessors of a large GPU without w
 # How the batch of linear_wgrad is cut: into runs for about as many blocks, none shorter than that.
 # Below, adding their sums costs as much as it saves.
 BLOCKS_WANTED = {"simt": 512, "ampere": 512, "hopper": 128}  # two rounds of a large GPU; one
-LEAST_TERMS = {"simt": 256, "ampere": 256, "hopper": 512}
+LEAST_TERMS = {"simt": 256, "ampere": 256, "hopper": 1024}
 
 
 DECIDE: ContextVar[Callable[[Sequence[Choice]], Choice] | None] = ContextVar("DECIDE", default=None)
@@ -171,13 +172,15 @@ def choose(
     """
     chosen = _by_shape(operator, rows, columns, terms, precision, capability, can_map)
     decide = DECIDE.get()
-    return chosen if decide is None else decide([chosen, *_others(chosen, can_map)])
+    return chosen if decide is None else decide([chosen, *_others(chosen, capability, can_map)])
 
 
-def _others(chosen: Choice, can_map: bool) -> list[Choice]:
+def _others(chosen: Choice, capability: int, can_map: bool) -> list[Choice]:
     """Every other kernel for the same product."""
     given, precision = chosen[:5], chosen.precision.name
-    tiles = [t for t in TILES[precision] if t is not chosen.tile]
+    on_hopper = capability == HOPPER_ALONE and can_map and precision in HOPPERS
+    each = (*(HOPPER[chosen.operator] if on_hopper else ()), *TILES[precision])
+    tiles = [t for t in each if t is not chosen.tile]
     if can_map and precision in cublaslt.KINDS and cublaslt.available():
         tiles.append(LIBRARY)
     return [_made(*given, tile, "one of several") for tile in tiles]
@@ -226,7 +229,7 @@ def _for_hopper(
     operator: str, rows: int, columns: int, terms: int, precision: str, can_map: bool
 ) -> Tile | str:
     """The tile for wgmma, or why there is none."""
-    if NUMBERS[precision] not in (("bf16", "bf16"), ("fp16", "fp16")):
+    if precision not in HOPPERS:
         return "which takes no others than 16-bit numbers as they lie in memory"
     if not can_map:
         return "as rows do not all start on 16 bytes: make widths multiples of 8"

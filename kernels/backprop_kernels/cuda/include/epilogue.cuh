@@ -30,14 +30,21 @@ DEVICE real forward_epilogue(real z, long long row, long long column, long long 
     return keep(element) ? y * scale : real(0);
 }
 
-// dZ of the layer below, from the gradient g of an element of its output.
-DEVICE real backward_epilogue(real g, long long row, long long column, long long columns,
-                              const kept* saved, KeepMask& keep, real scale) {
+// What `saved` says of an element: Y or Z, or the word with its bit.
+struct Saved {
+    real value;
+    u32 bits;
+};
+DEVICE Saved read_saved(const kept* saved, long long row, long long column, long long columns) {
     const long long element = row * columns + column;
-    if (keep.drops) g = keep(element) ? g * scale : real(0);
-    if (SAVES == SAVED_AS_BITS) {
-        const u32 bits = u32(saved[row * words(columns) + column / WORD]);
-        return g * (bits >> column % WORD & 1 ? STEEP : FLAT);
-    }
-    return g * derivative(SAVES ? real(saved[element]) : real(0));
+    if (SAVES == SAVED_AS_BITS) return {real(0), u32(saved[row * words(columns) + column / WORD])};
+    return {SAVES ? real(saved[element]) : real(0), 0};
+}
+
+// dZ of the layer below, from the gradient g of an element of its output.
+DEVICE real backward_epilogue(real g, long long row, long long column, long long columns, Saved saved,
+                              KeepMask& keep, real scale) {
+    if (keep.drops) g = keep(row * columns + column) ? g * scale : real(0);
+    if (SAVES == SAVED_AS_BITS) return g * (saved.bits >> column % WORD & 1 ? STEEP : FLAT);
+    return g * derivative(saved.value);
 }

@@ -13,6 +13,7 @@
 constexpr int GROUP = 128;                      // threads of a warpgroup
 constexpr int BOX = 64, BOX_BYTES = 64 * 128;   // of A and B, what TMA fetches at once: 64 x 64
 constexpr int OUT_ROWS = 64, OUT_COLUMNS = 32;  // of C, what it writes at once
+constexpr int AHEAD = 8;                        // rows whose reads are on their way at once
 
 // PIECES: of 64 rows, for each warpgroup that multiplies.
 template <int HEIGHT, int WIDTH, int COUNT, int BLOCKS, bool IN_TURN> struct GroupTile {
@@ -212,9 +213,9 @@ static DEVICE void for_each_tile(const Matrix& A, const Matrix& B, long long M, 
 // As in one_tile.cuh, for this warpgroup's rows. The sums of OUT_COLUMNS columns at a time go by
 // shared memory, even columns of eight before odd ones, as stmatrix has it; so does the result, and
 // from there to C while the next columns are computed.
-template <class T, class Element, class Column = NoSums>
+template <class T, class Read, class Element, class Column = NoSums>
 static DEVICE void write_tile(const Sums& sums, long long M, long long N, Corner at, const Target<T>& C,
-                              Element element, Column column = {}) {
+                              Read read, Element element, Column column = {}) {
     constexpr int OUTS = OUT_BYTES / (OUT_ROWS * OUT_COLUMNS * sizeof(T));  // boxes of C that take turns
     DYNAMIC_SHARED(shared);
     const int thread = threadIdx.x % GROUP, warp = thread / 32, lane = thread % 32, group = threadIdx.x / GROUP;
@@ -243,12 +244,19 @@ static DEVICE void write_tile(const Sums& sums, long long M, long long N, Corner
             group_sync(group);
             T* out = reinterpret_cast<T*>(own) + turn * OUT_ROWS * OUT_COLUMNS;
             const long long m0 = at.m + piece * OUT_ROWS;
-#pragma unroll 4
-            for (int row = warp; row < OUT_ROWS; row += GROUP / 32) {
-                if (m0 + row >= M) break;
-                const real c = element(m0 + row, n, s_rows[row * STRIDE + place]);
-                out[row * OUT_COLUMNS + lane] = T(c);
-                total += c;
+#pragma unroll 1
+            for (int first = warp; m0 + first < M && first < OUT_ROWS; first += AHEAD * GROUP / 32) {
+                decltype(read(m0, n)) read_of[AHEAD];
+#pragma unroll
+                for (int i = 0; i < AHEAD; ++i) read_of[i] = read(min(m0 + first + i * GROUP / 32, M - 1), n);
+#pragma unroll
+                for (int i = 0; i < AHEAD; ++i) {
+                    const int row = first + i * GROUP / 32;
+                    if (m0 + row >= M) break;
+                    const real c = element(m0 + row, n, s_rows[row * STRIDE + place], read_of[i]);
+                    out[row * OUT_COLUMNS + lane] = T(c);
+                    total += c;
+                }
             }
             fence_shared_async();
             group_sync(group);

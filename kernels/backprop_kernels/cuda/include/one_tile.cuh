@@ -24,16 +24,17 @@ static DEVICE void for_each_tile(Matrix A, Matrix B, long long M, long long N, l
     finish(at, sums);
 }
 
-// C(m, n) = element(m, n, sum) for the tile at `at`; whole warps call it, so that n may be N or more.
+// C(m, n) = element(m, n, sum, read(m, n)) for the tile at `at`; whole warps call both, so that n may be
+// N or more. `read` reads memory and writes none, so that it can be called long before.
 // Then column(n, total), by one thread, of each column's sum over the SUMMED_ROWS rows from at.m on.
 // With a grid y, C is as many slices.
-template <class T, class Element, class Column = NoSums>
-static DEVICE void write_tile(const Sums& sums, long long M, long long N, Corner at, T* C, Element element,
+template <class T, class Read, class Element, class Column = NoSums>
+static DEVICE void write_tile(const Sums& sums, long long M, long long N, Corner at, T* C, Read read, Element element,
                               Column column = {}) {
     T* slice = C + blockIdx.y * M * N;
     real total = real(0);
     for_each(sums, M, N, at, [&](long long m, long long n, real sum) {
-        const real c = element(m, n, sum);
+        const real c = element(m, n, sum, read(m, n));
         if (n >= N) return;
         slice[m * N + n] = T(c);
         total += c;
