@@ -15,6 +15,7 @@ import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
 from backprop_kernels.errors import DataError, OptionError
+from backprop_kernels.precisions import widen
 
 from backprop.callbacks import Callback, Training
 from backprop.extras import need
@@ -59,6 +60,7 @@ class Health(Callback):
         self.steps: list[int] = []
         self.samples: dict[str, list[list[float]]] = {name: [] for name in MEASURES}
         self._due = False
+        self._loss_scale = 1.0
 
     def fit_begin(self, training: Training) -> None:
         model, recompute = training.model, training.step.gradients.recompute
@@ -80,6 +82,7 @@ class Health(Callback):
         self._due = step.steps % self.every == 0 and step.pending + 1 == step.accumulate
         if self._due:
             self._before[...] = training.model.parameters
+            self._loss_scale = _loss_scale(training)
 
     def step_end(self, training: Training) -> None:
         if not self._due:
@@ -89,24 +92,27 @@ class Health(Callback):
         self._change[...] = training.model.parameters
         self._change -= self._before
         measured = {name: [np.nan] * len(self.layers) for name in MEASURES}
+        # Halved before the batch was computed again, or doubled after it.
+        loss_scale = min(self._loss_scale, _loss_scale(training))
         passes = [p for p in plan.passes if isinstance(p, LinearPass)]
         with np.errstate(over="ignore"):
             for i, (p, tensors) in enumerate(zip(passes, self._tensors, strict=True)):
                 output = _after(plan.passes, p)
                 gradient, moved, weight = tensors
-                measured["activation"][i] = _rms(output.Y)
+                Y = _numbers(output.Y, training)
+                measured["activation"][i] = _rms(Y)
                 if p.dZ is not None and p.d_weight is not None:
-                    measured["delta"][i] = _rms(p.dZ) * len(p.Y)
+                    measured["delta"][i] = _rms(_numbers(p.dZ, training)) * len(Y) / loss_scale
                     measured["gradient"][i] = _rms(gradient)
                 length = _norm(weight)
                 measured["update"][i] = _norm(moved) / length if length else np.nan
-                self._units(measured, i, output)
+                self._units(measured, i, output, Y)
         self.steps.append(step.steps)
         for name, row in measured.items():
             self.samples[name].append(row)
 
-    def _units(self, measured: Mapping[str, list[float]], i: int, p: Pass) -> None:
-        activation, Y = p.activation, p.Y
+    def _units(self, measured: Mapping[str, list[float]], i: int, p: Pass, Y: Array) -> None:
+        activation = p.activation
         if activation in RECTIFIERS and p.dropout is None:
             measured["dead"][i] = float((Y.max(axis=0) <= 0).mean())
         elif activation in RANGES and p.dropout is None:
@@ -232,6 +238,16 @@ def _norm(array: Array) -> float:
         wide = flat.astype(np.float64)
         square = float(wide.dot(wide))
     return math.sqrt(square)
+
+
+def _loss_scale(training: Training) -> float:
+    scale = training.step.loss_scale
+    return 1.0 if scale is None else scale.scale
+
+
+def _numbers(array: Array, training: Training) -> Array:
+    """`array` itself, or what is stored in 16 bits as float32."""
+    return widen(training.model.memory.numpy(array)) if array.dtype.itemsize == 2 else array
 
 
 def _rms(array: Array) -> float:

@@ -142,7 +142,6 @@ def test_one_kernel_gives_the_same_bits_and_refuses_what_is_not_finite() -> None
 @pytest.mark.usefixtures("emulator")
 def test_what_one_kernel_does_not_serve_runs_layer_by_layer() -> None:
     """In words."""
-    X, y = data()
 
     def why(model: bp.Sequential, loss: Any = "cross_entropy", precision: str = "bf16") -> str:
         step = bp.TrainStep(model, loss, "SGD", batch_size=61, precision=precision)
@@ -163,11 +162,20 @@ def test_what_one_kernel_does_not_serve_runs_layer_by_layer() -> None:
     assert why(mlp(), precision="float32") == (
         "layer by layer, as float32 on cuda has no kernel for all"
     )
-    health = bp.Health(every=1)
-    model = mlp()
-    bp.fit(model, X, y, loss="cross_entropy", epochs=1, batch_size=61, precision="bf16",
-           callbacks=[health], progress=False)  # fmt: skip
-    assert len(health.samples["gradient"]) == 1
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_health_is_measured_in_numbers(precision: str) -> None:
+    """Of what is stored in 16 bits, and without the loss scale."""
+    X, y = data()
+    seen = []
+    for given in ("float32", precision):
+        model, health = mlp(), bp.Health(every=1)
+        bp.fit(model, X, y, loss="cross_entropy", epochs=1, batch_size=61, precision=given,
+               callbacks=[health], progress=False)  # fmt: skip
+        seen.append([health.samples[name][0] for name in ("activation", "delta", "gradient")])
+    np.testing.assert_allclose(seen[1], seen[0], rtol=3 * 6 * 2.0 ** -PRECISIONS[precision].digits)
 
 
 @pytest.mark.usefixtures("emulator")
