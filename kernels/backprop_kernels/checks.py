@@ -183,6 +183,12 @@ def below(
             raise KindError(
                 f"{where}: saved: expected what {activation}'s forward pass saved, got None"
             )
+        if saved_as_bits(activation, bits) and getattr(saved, "dtype", None) != np.uint32:
+            raise KindError(
+                f"{where}: saved: expected the words of bits that {activation}'s forward pass "
+                f"saved (uint32), got {getattr(saved, 'dtype', type(saved).__name__)}; pass what "
+                "it returned beside Y"
+            )
         shape, dtype = _saved(rows, ("in_features", columns), dtype, activation, bits)
         array(where, "saved", saved, shape, dtype)
 

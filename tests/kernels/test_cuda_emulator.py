@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from backprop_kernels import cuda
+from backprop_kernels.arrays import Dropout
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import plain_variant
 from backprop_kernels.cuda.launch import launch, on_device
@@ -169,6 +170,18 @@ def test_launchers_refuse_what_a_kernel_would_misread() -> None:
             (32,),
             1.0,
         )
+    Y, saved = cuda.linear_forward(X, X, None, "relu")
+    assert (saved.shape, saved.dtype) == ((4, 1), np.uint32)
+    with pytest.raises(KindError, match=r"saved: expected the words of bits that relu's forward"):
+        cuda.linear_dgrad(X, X, Y, "relu")
+    with pytest.raises(
+        ShapeError, match=r"saved: expected shape \(batch=4, in_features / 32 bits=1"
+    ):
+        cuda.linear_dgrad(X, X, cupy_stand_in.zeros((4, 2), np.uint32), "relu")
+    with pytest.raises(KindError, match=r"out saved: expected dtype uint32, got float32"):
+        cuda.linear_forward(X, X, None, "relu", None, (Y, Y))
+    with pytest.raises(KindError, match=r"dropout: stream: expected a CuPy array, got numpy"):
+        cuda.linear_forward(X, X, None, "relu", Dropout(0.5, np.array([1, 2]), 0))
     # The device serves on.
     assert np.array_equal(cuda.linear_forward(X, X)[0].get(), np.zeros((4, 4)))
 

@@ -11,7 +11,7 @@ from backprop_kernels.activations import ACTIVATIONS, saved_as_bits
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda import code
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.launch import launch
+from backprop_kernels.cuda.launch import launch, on_device
 
 SAVES, SAVED_AS_BITS = {"": 0, "Y": 1, "Z": 2}, 3  # as epilogue.cuh numbers them
 SAVES_BITS = True  # for activations with two slopes; in other backends they save Y or Z
@@ -40,6 +40,7 @@ def dropout_arguments(dropout: Dropout | None, dtype: Any) -> tuple[Any, ...]:
     dtype = np.dtype(dtype)
     if dropout is None or dropout.rate == 0:
         return None, 0, 0, dtype.type(1)
+    on_device("dropout", stream=dropout.stream)
     scale = dtype.type(1 / (1 - dropout.rate))
     return dropout.stream, dropout.layer, round(dropout.rate * 2**32), scale
 
