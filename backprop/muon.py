@@ -81,7 +81,7 @@ class Muon(Optimizer):
 class MuonUpdate(Update):
     """`Update` for `Muon`: of the matrices, with another inside for the other tensors."""
 
-    fused = False
+    fused = unattended = False
 
     def __init__(
         self,

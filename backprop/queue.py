@@ -103,7 +103,7 @@ class Queue:
             device.remember()
             gradients(*inputs)
             device.scalars()
-            self.update.operator(backend, device.guard)
+            self.update.operators(backend, device)
             device.end()
 
         return step

@@ -3,7 +3,8 @@
 The arithmetic is `optimizer_step`'s, one launch over the arena. Where tensors differ (weight decay
 spares biases, a layer learns more slowly, another is frozen) it gets a row of scalars for each kind
 and the spans of the arena that it serves. Only what no operator does, clipping each tensor by its
-norm and the limit on a neuron's weights, is array code before and after it.
+norm and the limit on a neuron's weights, comes before and after it: as array code, or on a device
+that steps by itself as kernels of the captured step.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def matching(pattern: str, names: Collection[str], where: str) -> list[str]:
 class Update:
     """One optimizer over one arena: its moments, its scalars, and the operator that applies it."""
 
+    unattended = True  # whether a device can do it without the host
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -135,11 +138,6 @@ class Update:
     def fused(self) -> bool:
         """Whether gradients and update can be captured as one program."""
         return not self._clipped
-
-    @property
-    def unattended(self) -> bool:
-        """Whether a step needs no array code before or after the operator."""
-        return self.fused and not self._limits
 
     def _row(self, treatment: Treatment) -> int:
         return self._rows.index(replace(treatment, max_norm=None))
@@ -195,6 +193,14 @@ class Update:
             self.parameters, self.gradient, self._moments, self._placed,
             self.optimizer.operator_rule, guard, out=self.norm, spans=self.spans,
         )  # fmt: skip
+
+    def operators(self, backend: ModuleType, device: Any) -> None:
+        """`before`, `operator` and `after` as kernels, to be captured on a device."""
+        for g, limit in self._clipped:
+            device.limit_tensor(g, limit)
+        self.operator(backend, device.guard)
+        for W, limit in self._limits:
+            device.limit_rows(W, limit)
 
     def after(self) -> None:
         """Scale every row of weights that is longer than its limit down to it."""

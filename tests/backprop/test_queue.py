@@ -164,6 +164,28 @@ def test_device_makes_the_scalars_of_its_step(rule: str, grouped: bool) -> None:
         np.testing.assert_allclose(made, step.update.scalars, rtol=8 * np.finfo(float).eps)
 
 
+def test_limits_on_tensors_and_neurons_are_part_of_the_step() -> None:
+    """As the reference applies them, the host looking at nothing; a refused step limits nothing."""
+
+    def limited(device: str = "cuda") -> bp.TrainStep:
+        options = {"lr": 0.3, "momentum": 0.9, "clip_tensor_norm": 0.05, "max_norm": 0.4}
+        return training(device, bp.SGD(**options, groups={"layers.1": {"max_norm": 0.5}}))
+
+    data, step, other, twin = batches(5), limited(), limited(), limited("reference")
+    before = bits(step)
+    refused = step(np.full_like(X, np.nan), Y)
+    with pytest.raises(bp.DataError):
+        float(refused)
+    assert bits(step) == before  # rows that were too long from the start are as they were
+    losses = hurried(step, data)
+    assert losses == waiting(other, data) and bits(step) == bits(other)
+    np.testing.assert_allclose(losses, waiting(twin, data), rtol=1e-5)
+    for name, value in twin.model.state_dict().items():
+        np.testing.assert_allclose(step.model.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    lengths = np.linalg.norm(step.model.state_dict()["layers.0.weight"], axis=1)
+    assert (lengths <= 0.4 * (1 + 1e-6)).all() and (lengths > 0.399).any()
+
+
 def test_after_a_refused_step_nothing_changes_until_it_is_known() -> None:
     step, twin = training(), training()
     good, bad = batches(), X.copy()

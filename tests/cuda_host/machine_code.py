@@ -41,7 +41,8 @@ WHOLE_NETWORKS = "mlp_step.cu"  # takes all the registers, and of shared memory 
 # Kernels that add or scale in float64 on purpose, whatever the dtype of their arrays.
 FLOAT64 = {
     "gradient_squares", "loss", "loss_cross_entropy", "loss_gaussian_nll", "loss_shares",
-    "loss_value", "loss_weights", "mlp_step", "optimizer_update",
+    "loss_value", "loss_weights", "mlp_step", "optimizer_update", "row_limit", "tensor_limit",
+    "tensor_squares",
 }  # fmt: skip
 PRODUCTS = ("linear_", "mlp_step")  # how entries begin that multiply matrices
 # What the inner loop of a product must be made of.

@@ -19,6 +19,7 @@ from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda import cublaslt, tensor_map, tiles, tuning
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.in_precision import InPrecision
+from backprop_kernels.cuda.limits import limit_rows, limit_tensor
 from backprop_kernels.cuda.mlp_fit import choose
 from backprop_kernels.cuda.stepping import Stepping
 from backprop_kernels.losses import LOSSES
@@ -240,4 +241,7 @@ def _stepping(rule: str) -> None:
     )  # fmt: skip
     step.remember()
     step.scalars()
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        limit_tensor(_empty(dtype, 64), 1.0)
+        limit_rows(_empty(dtype, 8, 8), 1.0, step.norm, step.guard)
     step.end()

@@ -17,6 +17,7 @@ from backprop_kernels.arrays import LinearLayer
 from backprop_kernels.cuda import mlp_fit, tiles
 from backprop_kernels.cuda.epilogue import column_sums
 from backprop_kernels.cuda.in_precision import InPrecision
+from backprop_kernels.cuda.limits import limit_rows, limit_tensor
 from backprop_kernels.errors import ShapeError
 
 from tests.cuda_host import cupy_stand_in
@@ -229,6 +230,15 @@ def whole_network() -> None:
     assert ends(G) == tuple(2 * x * z / rows for x, z in ((2, 2), (3, 12)))
 
 
+def limited() -> None:
+    G = array(2**31 + 1, first=30, last=40)
+    limit_tensor(G, 5.0)
+    assert ends(G) == (3, 4)
+    W, good = array(*HUGE, first=30, last=40), array(1, first=1, dtype=np.float64)
+    limit_rows(W, 5.0, good, good)
+    assert ends(W) == (5, 5)
+
+
 def cut(file: str, text: str, check: Callable[[], None]) -> Mutant:
     """What stands in angle brackets is cut to an int."""
     new = text.replace("⟨", "int(").replace("⟩", ")")
@@ -262,7 +272,9 @@ MUTANTS = [
     cut("loss_cross_entropy.cu", "loss_row(Z + ⟨i * columns⟩", classes),
     cut("cross_entropy.cuh", "aim.target[⟨i * columns + j⟩]", classes),
     cut("mlp_step.cu", "X + ⟨row * Layer<0>::IN⟩", whole_network),
-    cut("optimizer_step.cu", "double(G[⟨i⟩]) *", update),
+    cut("reduce.cuh", "double(x[⟨i⟩]) *", update),
+    cut("limits.cu", "G[⟨i⟩] *=", limited),
+    cut("limits.cu", "W + ⟨blockIdx.x * columns⟩", limited),
     cut("optimizer_step.cu", "P[⟨i⟩] = p", update),
 ]  # fmt: skip
 
@@ -281,8 +293,7 @@ def test_offset_cut_to_an_int_is_noticed(monkeypatch: pytest.MonkeyPatch, mutant
 SHORT = (forward, wgrad, gathers)
 LONG = (
     forward_from_far, dgrad, dgrad_from_far, wgrad_from_far, tensor_cores, sums, casts, batch_norm,
-    layer_norm, losses, classes, update,
-    whole_network,
+    layer_norm, losses, classes, update, limited, whole_network,
 )  # fmt: skip
 
 

@@ -16,14 +16,14 @@ import pytest
 from backprop_kernels import reference
 from backprop_kernels.arrays import Dropout
 from backprop_kernels.cuda import compile as nvrtc
-from backprop_kernels.cuda import rows
+from backprop_kernels.cuda import limits, rows
 from backprop_kernels.errors import LabelError
 from backprop_kernels.optimizers import OPTIMIZERS
 from backprop_kernels.reference.epilogue import as_bits
 
 from tests import saved as kept
 from tests.cuda_host import build
-from tests.cuda_host.backend import backend
+from tests.cuda_host.backend import Mirror, backend, installed
 from tests.cuda_host.hopper_mutants import HOPPER
 from tests.cuda_host.mlp_mutants import MLP_STEP
 from tests.cuda_host.mutants import (
@@ -137,6 +137,35 @@ def unclipped() -> None:
     backend.optimizer_step(P, G, [state], table, "SGD", spans=spans)
     np.testing.assert_allclose(P, expected, rtol=1e-6)
     np.testing.assert_allclose(state, buffer, rtol=1e-6)
+
+
+def limited() -> None:
+    """Long and short tensors and rows, NaN, a step that was refused; a tensor of many blocks."""
+    for size, limit in ((700, 5.0), (700, 99.0), (200_000, 100.0)):
+        G = normal((size,))[0]
+        expected = G * min(1, limit / np.linalg.norm(G.astype(float)))
+        limit_on_device("limit_tensor", G, limit)
+        np.testing.assert_allclose(G, expected, rtol=1e-6)
+    G[-1] = np.inf
+    kept = G.copy()
+    limit_on_device("limit_tensor", G, 1.0)
+    assert G.tobytes() == kept.tobytes()
+    W = normal((5, 300))[0] * np.array([[0], [0.1], [1], [2], [0.5]], F32)
+    expected = W * np.minimum(1, 10 / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1))
+    for norm, guard in ((np.nan, 1.0), (1.0, np.nan), (np.inf, 1.0)):
+        kept = W.copy()
+        limit_on_device("limit_rows", W, 10.0, np.array(norm), np.array(guard))
+        assert W.tobytes() == kept.tobytes()
+    limit_on_device("limit_rows", W, 10.0, np.array(1.0), np.array(1.0))
+    np.testing.assert_allclose(W, expected, rtol=1e-6)
+
+
+def limit_on_device(name: str, *arguments: Any) -> None:
+    """A function of cuda/limits.py, on copies of NumPy arrays that are copied back."""
+    with installed():
+        mirror = Mirror()
+        getattr(limits, name)(*map(mirror.to_device, arguments))
+        mirror.download()
 
 
 def losses() -> None:
@@ -254,7 +283,7 @@ MUTANTS = [
     Mutant("gather_rows.cu", "w += side", "w += side + 1", gather),
     Mutant("optimizer_step.cu", "|| (guard && !isfinite(guard[0]))", "", updates),
     Mutant("optimizer_step.cu", "!isfinite(length) || ", "", refused),
-    Mutant("optimizer_step.cu", "double(G[i]) * double(G[i])", "double(G[i] * G[i])", updates),
+    Mutant("reduce.cuh", "double(x[i]) * double(x[i])", "double(x[i] * x[i])", updates),
     Mutant("optimizer_step.cu", "G[i] * clip", "G[i] / clip", updates),
     Mutant("optimizer_step.cu", "most < 1.0 ? most : 1.0", "most", unclipped),
     Mutant("optimizer_step.cu", "if (STATES == 2) state1[i] = s[1];", "", updates),
@@ -325,6 +354,16 @@ MUTANTS = [
            many_rows),
     Mutant("one_tile.cuh", "min(k0 + runs.length, K)", "k0 + runs.length", products),
     Mutant("one_tile.cuh", "blockIdx.y * M * N", "blockIdx.y * M", products),
+    Mutant("limits.cu", "length <= limit) return;  // NaN", "false) return;  // NaN", limited),
+    Mutant("limits.cu", "!isfinite(length) || ", "", limited),
+    Mutant("limits.cu", "G[i] *= factor", "G[i] /= factor", limited),
+    Mutant("limits.cu", "!isfinite(norm[0]) || ", "", limited),
+    Mutant("limits.cu", " || !isfinite(guard[0])", "", limited),
+    Mutant("limits.cu", "W + blockIdx.x * columns", "W", limited),
+    Mutant("limits.cu", "    if (length <= limit) return;\n    const real factor",
+           "    const real factor", limited),
+    Mutant("limits.cu", "row[j] *= factor", "row[j] *= factor * factor", limited),
+    Mutant("limits.cu", "j < columns; j += THREADS) row", "j < 256; j += THREADS) row", limited),
     Mutant("stepping.cu", "state[STEPS] + 1, state", "state[STEPS], state", steps),
     Mutant("stepping.cu", "stream[1] = (long long)state[STEPS]", "stream[1] = 0", steps),
     Mutant("stepping.cu", "state[RATE] * o[0]", "state[RATE]", steps),

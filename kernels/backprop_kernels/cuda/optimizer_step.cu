@@ -4,20 +4,15 @@
 // P, state (parameters)                                                            read and written
 // squares (blocks), norm ()                                                                 written
 // Fused into the update: the finite check, clipping, decay and penalties.
-// gradient_squares: every block sums the squares of every so-many-th element, in float64, whose range
-// holds the square of any float32. optimizer_update: every block adds those sums up in order, so all
-// agree on whether to change anything; blockIdx.y is the span. Numbers of the step are read from the
-// device, so that a captured graph sees new ones.
+// gradient_squares: every block sums the squares of every so-many-th element. optimizer_update: every
+// block adds those sums up in order, so all agree on whether to change anything; blockIdx.y is the
+// span. Numbers of the step are read from the device, so that a captured graph sees new ones.
 #include "variant.cuh"
 #include "reduce.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gradient_squares(const real* G, double* squares, long long size) {
-    double sum = 0;
-    for (long long i = blockIdx.x * (long long)THREADS + threadIdx.x; i < size;
-         i += gridDim.x * (long long)THREADS)
-        sum += double(G[i]) * double(G[i]);
-    sum = block_sum(sum);
+    const double sum = square_sum(G, size);
     if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
 

@@ -17,6 +17,7 @@ from backprop_kernels.arrays import Array
 from backprop_kernels.cuda import code
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.launch import cupy, empty, launch
+from backprop_kernels.cuda.limits import limit_rows, limit_tensor
 from backprop_kernels.cuda.memory import pinned
 from backprop_kernels.errors import KindError
 from backprop_kernels.optimizers import OPTIMIZERS
@@ -90,8 +91,16 @@ class Stepping:
             self.table, rows, self._options.shape[1], width, self.first,
         )  # fmt: skip
 
+    def limit_tensor(self, G: Array, limit: float) -> None:
+        """Operator, before the optimizer: no tensor of the gradient is longer."""
+        limit_tensor(G, limit)
+
+    def limit_rows(self, W: Array, limit: float) -> None:
+        """Operator, after the optimizer: no row is longer, where the step was applied."""
+        limit_rows(W, limit, self.norm, self.guard)
+
     def end(self) -> None:
-        """Operator, after the optimizer."""
+        """Operator, after all others."""
         launch(self._unit, "step_end", (1,), (32,), self.state, self.value, self.norm, self.stream)
         for now, before in self.statistics:
             self._words("take_back", self.state, before, now)
