@@ -116,8 +116,10 @@ def on_gpu(value: Any) -> bool:
 def expect_one_kind(where: str, **arrays: Any) -> None:
     """Refuse a mixture of arrays in host memory and arrays on a GPU; None is neither."""
     there = [name for name, value in arrays.items() if on_gpu(value)]
+    if not there:
+        return
     here = [name for name, value in arrays.items() if value is not None and not on_gpu(value)]
-    if there and here:
+    if here:
         raise KindError(
             f"{where}: expected arrays of one kind, got {', '.join(there)} on a GPU and "
             f"{', '.join(here)} in host memory; copy with cupy.asarray(x) or cupy.asnumpy(x)"

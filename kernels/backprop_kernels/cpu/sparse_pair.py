@@ -132,11 +132,6 @@ class _Pair(Vectors):
         super().__init__(builder, dtype)
         self.places = [ir.Constant(WORD, j * self.lanes) for j in range(PANEL_REGISTERS)]
 
-    def fma(self, a: Any, b: Any, c: Any) -> Any:
-        kind = ir.FunctionType(self.type, [self.type] * 3)
-        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.size}"
-        return self.builder.call(get_or_insert_function(self.builder.module, kind, name), [a, b, c])
-
     def nonzero(self, positions: Any, values: Any, n: Any) -> tuple[Any, list[Any]]:
         """Where row positions[n] of a panel starts, and values[2n], values[2n + 1] splat."""
         builder = self.builder

@@ -71,13 +71,33 @@ class Vectors:
         zeros = ir.Constant(ir.VectorType(WHERE, self.lanes), [0] * self.lanes)
         return self.builder.shuffle_vector(first, undefined, zeros)
 
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """a · b + c, rounded once where the CPU can."""
+        kind = ir.FunctionType(self.type, [self.type] * 3)
+        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.size}"
+        return self.builder.call(get_or_insert_function(self.builder.module, kind, name), [a, b, c])
+
+    def sum(self, value: Any) -> Any:
+        """The sum of all lanes: halves are added until one number is left."""
+        lanes = self.lanes
+        while lanes > 1:
+            lanes //= 2
+            halves = (
+                ir.Constant(ir.VectorType(WHERE, lanes), list(range(low, low + lanes)))
+                for low in (0, lanes)
+            )
+            undefined = ir.Constant(value.type, ir.Undefined)
+            low, high = (self.builder.shuffle_vector(value, undefined, half) for half in halves)
+            value = self.builder.fadd(low, high)
+        return self.builder.extract_element(value, ir.Constant(WHERE, 0))
+
     def first(self, count: Any) -> Any:
         """The mask of the first `count` lanes."""
         steps = ir.Constant(ir.VectorType(WORD, self.lanes), list(range(self.lanes)))
         return self.builder.icmp_signed("<", steps, self.splat(count))
 
 
-def _each(builder: Any, count: Any, vectors: Vectors, body: Callable[[Any, Any], None]) -> None:
+def each(builder: Any, count: Any, vectors: Vectors, body: Callable[[Any, Any], None]) -> None:
     """body(offset, None) for every whole vector, then body(offset, mask) for a tail."""
     lanes = vectors.lanes
     whole = builder.sub(count, builder.srem(count, ir.Constant(WORD, lanes)))
@@ -120,7 +140,7 @@ def vector_loop(formula: Callable[..., Any], dtype: str, inputs: int, scalars: i
                 for place, value in zip(places[inputs:], results, strict=True):
                     vectors.store(values[0].constant(value).ir, place, offset, mask)
 
-            _each(builder, arguments[2], vectors, body)
+            each(builder, arguments[2], vectors, body)
             return context.get_dummy_value()
 
         return types.void(addresses, constants, types.int64), generate
@@ -148,7 +168,7 @@ def sum_of_squares(dtype: str) -> Any:
                 total = builder.fadd(builder.load(slot), builder.fmul(value, value))
                 builder.store(total, slot)
 
-            _each(builder, count, vectors, body)
+            each(builder, count, vectors, body)
             kind = ir.FunctionType(ir.DoubleType(), [ir.DoubleType(), wide])
             reduce = get_or_insert_function(
                 builder.module, kind, f"llvm.vector.reduce.fadd.v{vectors.lanes}f64"
