@@ -9,7 +9,7 @@ dropout (so every `dZ` is a true ∂L/∂Z) and sums its columns into `db`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ from backprop_kernels.arrays import Array
 
 from backprop.arena import Layout
 from backprop.layers import BatchNorm, Dropout, Layer, LayerNorm, Linear, RMSNorm
-from backprop.memory import HOST, Memory
+from backprop.memory import HOST, Memory, on_gpu
 
 
 class Workspace:
@@ -304,6 +304,23 @@ class Plan:
             p.forward(X)
             X = p.Y
         return X
+
+    def predictor(self, X: Array) -> Callable[[Array], Array]:
+        """`forward` for arrays like X, in host memory captured: one call into compiled code."""
+        if on_gpu(X):
+            return self.forward
+        Y = self.passes[-1].Y
+
+        def forward(X: Array) -> None:
+            self.forward(X)
+
+        program = self._backend.capture(forward, X)
+
+        def predict(X: Array) -> Array:
+            program(X)
+            return Y
+
+        return predict
 
     def backward(self, X: Array) -> None:
         """Every gradient, from the last pass's dZ and db that the loss left there.

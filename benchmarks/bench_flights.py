@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from backprop_kernels.cpu.threads import available_cpus, set_num_threads
-from common import append, machine
+from common import SETTLE, append, machine
 from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
 
@@ -64,6 +64,7 @@ def measure(
         with threadpool_limits(threads):
             theirs.partial_fit(X, y, classes=[0.0, 1.0])
         sklearn_seconds.append(time.perf_counter() - started)
+        time.sleep(SETTLE)
 
     ours = bp.MLP([X.shape[1], *HIDDEN, 1])
     started = time.perf_counter()
@@ -72,7 +73,7 @@ def measure(
         callbacks=[sklearn_epoch], progress=False,
     )  # fmt: skip
     # What our fit took besides: checking the data, and compiling on a machine's first run.
-    total = time.perf_counter() - started - sum(sklearn_seconds)
+    total = time.perf_counter() - started - sum(sklearn_seconds) - SETTLE * epochs
     epoch, sklearn_epoch_median = median(history["seconds"]), median(sklearn_seconds)
     numbers = {
         "ours_epoch": epoch,

@@ -33,6 +33,9 @@ LAYERS = [
     (64, 64, 64), (256, 256, 256), (256, 784, 1024), (1024, 784, 1024), (1024, 1024, 1024),
     (1024, 2048, 2048), (4096, 64, 128), (4096, 128, 1), (1024, 155, 256),
 ]  # fmt: skip
+# Seconds: OpenBLAS's threads spin for 2²⁶ cycles after their last product, on cores that the next
+# contender needs.
+SETTLE = 0.1
 NORMS = [(256, 256), (1024, 1024), (4096, 128), (4096, 2048)]  # batch, features
 
 
@@ -134,8 +137,8 @@ def interleaved(
 ) -> dict[str, tuple[float, float]]:
     """(median, best) seconds of each contender; they take turns, so a busy machine slows all.
 
-    A turn is many calls in a row, the first quarter of them not counted: each library's threads
-    then wait for their own work and not for the other's.
+    A turn is many calls in a row, after a pause and the first quarter of them not counted: each
+    library's threads then wait for their own work and not for the other's.
     """
     once: dict[str, float] = {}
     for name, call in contenders.items():
@@ -146,6 +149,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
+            time.sleep(SETTLE)
             calls = max(3, int(seconds / rounds / len(contenders) / once[name]))
             for i in range(calls + calls // 4):
                 started = time.perf_counter()

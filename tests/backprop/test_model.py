@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,38 @@ def test_sizes_are_counted() -> None:
     assert model.n_parameters == (5 * 7 + 7) + 7 * 4 + (4 * 3 + 3) + 2 * (5 + 7 + 4)
     assert model.parameters.ctypes.data % 64 == 0
     assert all(v.ctypes.data % 64 == 0 for v in model.layout.views(model.parameters).values())
+
+
+def test_predicting_few_rows_again_sees_the_parameters_of_now(device: str) -> None:
+    """A captured pass is kept between calls; it must not keep anything else."""
+    model, other = (bp.MLP([7, 9, 3], norm="batch", seed=seed, device=device) for seed in (0, 1))
+    X = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    first, expected = model.predict(X), other.predict(X)
+    kept = first.copy()
+    model.load_state_dict(other.state_dict())
+    assert np.array_equal(model.predict(X), expected)
+    assert np.array_equal(model.predict(2 * X), other.predict(2 * X))
+    assert np.array_equal(first, kept)
+    assert np.array_equal(pickle.loads(pickle.dumps(model)).predict(X), expected)
+
+
+def test_threads_that_predict_few_rows_do_not_meet() -> None:
+    model = bp.MLP([40, 64, 3])
+    data = np.random.default_rng(0).standard_normal((64, 8, 40)).astype(np.float32)
+    expected = [model.predict(X) for X in data]
+
+    def check(worker: int) -> bool:
+        order = np.random.default_rng(worker).integers(0, 64, 300)
+        return all(np.array_equal(model.predict(data[i]), expected[i]) for i in order)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(check, range(4)))
+    assert sum(map(len, model._ready.values())) <= 5
+
+
+def test_passes_kept_for_small_batches_are_few() -> None:
+    model = bp.MLP([2, 1])
+    X = np.ones((400, 2), np.float32)
+    for rows in range(1, 400):
+        assert len(model.predict(X[:rows])) == rows
+    assert len(model._ready) <= 33
