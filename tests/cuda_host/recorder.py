@@ -133,11 +133,17 @@ def products(
     return record
 
 
-def hopper_products(precision: str, activations: Sequence[str]) -> Record:
-    """The same by the tiles for Hopper, whatever the size."""
+def hopper_products(
+    precision: str, activations: Sequence[str], only: Sequence[tiles.Tile]
+) -> Record:
+    """The same by each of the tiles for Hopper, whatever the size."""
+    record: Record = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "ENOUGH_BLOCKS", 1)
-        return products(precision, activations, ((8, 8),), terms=8)
+        for tile in only:
+            patch.setattr(tiles, "HOPPER", dict.fromkeys(tiles.HOPPER, (tile,)))
+            record |= products(precision, activations, ((8, 8),), terms=8)
+    return record
 
 
 def given_products(precision: str, activations: Sequence[str]) -> Record:

@@ -290,12 +290,20 @@ group_product_fp16_128_b_by_k(const __grid_constant__ TensorMap a, const __grid_
     group_product<128, false, true, true>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_bf16_192_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<192, true, true, false>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_256(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
     group_product<256, false, false, false>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_256_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
     group_product<256, true, true, false>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_fp16_192_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<192, true, true, true>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_fp16_256(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {

@@ -16,6 +16,7 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda import cublaslt
 from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.cuda.tiles import HOPPER, PING_PONG
 from backprop_kernels.errors import KernelCompileError
 from backprop_kernels.precisions import PRECISIONS
 
@@ -79,7 +80,7 @@ def test_products_on_tensor_cores_compile_as_they_are_launched() -> None:
 
 def test_products_on_hopper_compile_as_they_are_launched() -> None:
     """Within 168 registers a thread at the start, and what their roles hand over, no spills."""
-    record = recorder.hopper_products("bf16", ("identity",))
+    record = recorder.hopper_products("bf16", ("identity",), (PING_PONG,))
     assert sum("hopper_product.cuh" in unit.variant for unit in record) == 4
     chosen = list(jobs(record, "sm_90a", lambda u: u.file.startswith("linear_")))
     assert not all_problems(chosen)
@@ -91,7 +92,9 @@ def test_every_product_on_hopper_compiles() -> None:
         job
         for precision in ("bf16", "fp16")
         for job in jobs(
-            recorder.hopper_products(precision, tuple(ACTIVATIONS)), "sm_90a", lambda _: True
+            recorder.hopper_products(precision, tuple(ACTIVATIONS), HOPPER["linear_dgrad"]),
+            "sm_90a",
+            lambda _: True,
         )
     ]
     print(f"{len(chosen)} units for sm_90a")

@@ -16,7 +16,7 @@ from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import plain_variant
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.cuda.launch import launch
-from backprop_kernels.cuda.tiles import COOPERATIVE, PING_PONG, TILES, choose
+from backprop_kernels.cuda.tiles import COOPERATIVE, NARROW, PING_PONG, TILES, choose
 from backprop_kernels.errors import KindError, OptionError
 from backprop_kernels.precisions import PRECISIONS, round_to, widen
 from backprop_kernels.reference.epilogue import as_bits
@@ -32,7 +32,7 @@ NAMES = ("bf16", "fp16", "tf32", "bf16x3", "bf16x6")
 OPERATORS = ("linear_forward", "linear_dgrad", "linear_wgrad")
 F32 = np.dtype(np.float32)
 # (batch, in_features, out_features): whole tiles, rows on 16 bytes, ragged, tiny, long sums.
-ON_HOPPER = (*hopper.TINY, PING_PONG, COOPERATIVE)
+ON_HOPPER = (*hopper.TINY, PING_PONG, COOPERATIVE, NARROW)
 WHOLE_ROWS = (  # all on 16 bytes
     (64, 64, 64), (8, 8, 8), (1, 16, 8), (200, 72, 136), (130, 328, 40), (300, 8, 264),
 )  # fmt: skip

@@ -219,7 +219,7 @@ def test_blocks_of_a_cluster_share_what_one_fetches(cupy: Any) -> None:
     [
         *((kind, 128, a, b) for kind in ("bf16", "fp16") for a in (0, 1) for b in (0, 1)),
         ("bf16", 64, 0, 0), ("bf16", 64, 1, 1), ("bf16", 256, 0, 0), ("bf16", 256, 1, 1),
-        ("fp16", 64, 0, 0), ("fp16", 256, 0, 0),
+        ("fp16", 64, 0, 0), ("fp16", 256, 0, 0), ("bf16", 192, 1, 1), ("fp16", 192, 1, 1),
     ],
 )  # fmt: skip
 def test_warpgroup_product_behind_a_ring_of_boxes(

@@ -9,7 +9,7 @@ from backprop_kernels.cuda.tensor_map import TensorMap, tensor_map
 from backprop_kernels.cuda.tiles import LIBRARY, Choice, Tile
 
 # As hopper_product.cuh has them: rows and columns of what TMA reads and writes at once.
-BOX, OUT_BOX = (64, 64), (64, 32)
+BOX, OUT_BOX = (64, 64), (32, 32)
 
 
 def operands(

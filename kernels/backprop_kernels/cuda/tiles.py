@@ -21,7 +21,7 @@ TENSOR_CORES = 80  # the compute capability that has them for every precision of
 HOPPER_ALONE = 90  # wgmma is neither on older GPUs nor on newer ones
 STRIP_BYTES = 64  # of K, per row of a strip in shared memory, as tensor_product.cuh has it
 # As hopper_product.cuh has them: K in a strip, and bytes to write a tile by, for each warpgroup.
-STRIP_K, WRITE_BYTES = 64, 64 * 36 * 4 + 64 * 32 * 4
+STRIP_K, WRITE_BYTES = 64, 64 * 36 * 4 + 2 * 32 * 32 * 4
 
 
 class Tile(NamedTuple):
@@ -76,13 +76,15 @@ AMPERE = (
 )
 # Where an operand is several factors, a warp has registers for half the sums.
 PLANES = _ampere("halved", 128, 128, 64, 32, 4), AMPERE[-1]
-# Where much is computed of each sum, one warpgroup does it while the other multiplies.
+# Where much is computed of each sum, one warpgroup does it while the other multiplies. A narrow
+# tile may fill the last round of a GPU that a wide one leaves half empty: autotune finds out.
 COOPERATIVE = _hopper("cooperative", 1, 256, 4, 2, False)
+NARROW = _hopper("narrow", 1, 192, 4, 2, False)
 PING_PONG = _hopper("ping-pong", 2, 128, 6, 2, True)
 HOPPER = {
-    "linear_forward": (PING_PONG, COOPERATIVE),
-    "linear_dgrad": (PING_PONG, COOPERATIVE),
-    "linear_wgrad": (COOPERATIVE, PING_PONG),
+    "linear_forward": (PING_PONG, COOPERATIVE, NARROW),
+    "linear_dgrad": (PING_PONG, COOPERATIVE, NARROW),
+    "linear_wgrad": (COOPERATIVE, NARROW, PING_PONG),
 }
 HOPPERS = ("bf16", "fp16")  # what wgmma takes whichever way K runs
 LIBRARY = Tile("cublaslt", "of its own", 32, 128, 256, 0, "given_product.cuh", (32, 128, 256), 32)

@@ -12,8 +12,8 @@
 
 constexpr int GROUP = 128;                      // threads of a warpgroup
 constexpr int BOX = 64, BOX_BYTES = 64 * 128;   // of A and B, what TMA fetches at once: 64 x 64
-constexpr int OUT_ROWS = 64, OUT_COLUMNS = 32;  // of C, what it writes at once
-constexpr int AHEAD = 8;                        // rows whose reads are on their way at once
+constexpr int OUT_ROWS = 32, OUT_COLUMNS = 32;  // of C, what it writes at once
+constexpr int EACH = OUT_ROWS * 32 / GROUP;     // rows of them a warp: their reads are on their way at once
 
 // PIECES: of 64 rows, for each warpgroup that multiplies.
 template <int HEIGHT, int WIDTH, int COUNT, int BLOCKS, bool IN_TURN> struct GroupTile {
@@ -41,7 +41,7 @@ struct Sums {
 
 // Shared memory: the ring, what each multiplying warpgroup needs to write, barriers.
 constexpr int STRIDE = OUT_COLUMNS + 4;  // of staged rows: 8 of them start in different banks
-constexpr int STAGED_BYTES = OUT_ROWS * STRIDE * 4, OUT_BYTES = OUT_ROWS * OUT_COLUMNS * 4;
+constexpr int STAGED_BYTES = BOX * STRIDE * 4, OUT_BYTES = 2 * OUT_ROWS * OUT_COLUMNS * 4;
 constexpr int WRITE_BYTES = STAGED_BYTES + OUT_BYTES, RING_BYTES = Tile::STAGES * Tile::STRIP_BYTES;
 
 // The strips that this warpgroup has seen, of all that went or go through the ring.
@@ -210,12 +210,12 @@ static DEVICE void for_each_tile(const Matrix& A, const Matrix& B, long long M, 
     if constexpr (Tile::CLUSTER > 1) cluster_sync();  // others may still write into this block's barriers
 }
 
-// As in one_tile.cuh, for this warpgroup's rows. The sums of OUT_COLUMNS columns at a time go by
-// shared memory, even columns of eight before odd ones, as stmatrix has it; so does the result, and
-// from there to C while the next columns are computed.
+// As in one_tile.cuh, for this warpgroup's rows. The sums of OUT_COLUMNS columns of a piece at a time go
+// by shared memory, even columns of eight before odd ones, as stmatrix has it; so does the result, and
+// from there to C while more is computed.
 template <class T, class Read, class Element, class Column = NoSums>
-static DEVICE void write_tile(const Sums& sums, long long M, long long N, Corner at, const Target<T>& C,
-                              Read read, Element element, Column column = {}) {
+static DEVICE void write_tile(const Sums& sums, long long M, long long N, Corner at, const Target<T>& C, Read read,
+                              Element element, Column column = {}) {
     constexpr int OUTS = OUT_BYTES / (OUT_ROWS * OUT_COLUMNS * sizeof(T));  // boxes of C that take turns
     DYNAMIC_SHARED(shared);
     const int thread = threadIdx.x % GROUP, warp = thread / 32, lane = thread % 32, group = threadIdx.x / GROUP;
@@ -229,7 +229,7 @@ static DEVICE void write_tile(const Sums& sums, long long M, long long N, Corner
         const long long n = at.n + block * OUT_COLUMNS + lane;
         real total = real(0);
 #pragma unroll 1
-        for (int piece = 0; piece < Tile::PIECES; ++piece, turn = (turn + 1) % OUTS) {
+        for (int piece = 0; piece < Tile::PIECES; ++piece) {
 #pragma unroll
             for (int p = 0; p < Tile::PIECES; ++p)
 #pragma unroll
@@ -240,29 +240,30 @@ static DEVICE void write_tile(const Sums& sums, long long M, long long N, Corner
                     for (int e = 0; e < 4; ++e) r[e] = as_bits(sums.at[p][j * 4 + e]);
                     stmatrix_x4(shared_address(s_rows + stored_row * STRIDE + (j % 4 * 2 + matrix % 2) * 4), r);
                 }
-            if (thread == 0) store_box_wait_read<OUTS - 1>();
-            group_sync(group);
-            T* out = reinterpret_cast<T*>(own) + turn * OUT_ROWS * OUT_COLUMNS;
-            const long long m0 = at.m + piece * OUT_ROWS;
 #pragma unroll 1
-            for (int first = warp; m0 + first < M && first < OUT_ROWS; first += AHEAD * GROUP / 32) {
-                decltype(read(m0, n)) read_of[AHEAD];
+            for (int half = 0; half < BOX; half += OUT_ROWS) {
+                const long long m = at.m + piece * BOX + half;
+                T* out = reinterpret_cast<T*>(own) + turn * OUT_ROWS * OUT_COLUMNS;
+                if (thread == 0) store_box_wait_read<OUTS - 1>();
+                group_sync(group);
+                decltype(read(m, n)) read_of[EACH];
 #pragma unroll
-                for (int i = 0; i < AHEAD; ++i) read_of[i] = read(min(m0 + first + i * GROUP / 32, M - 1), n);
+                for (int i = 0; i < EACH; ++i) read_of[i] = read(min(m + warp * EACH + i, M - 1), n);
 #pragma unroll
-                for (int i = 0; i < AHEAD; ++i) {
-                    const int row = first + i * GROUP / 32;
-                    if (m0 + row >= M) break;
-                    const real c = element(m0 + row, n, s_rows[row * STRIDE + place], read_of[i]);
+                for (int i = 0; i < EACH; ++i) {
+                    const int row = warp * EACH + i;
+                    if (m + row >= M) break;
+                    const real c = element(m + row, n, s_rows[(half + row) * STRIDE + place], read_of[i]);
                     out[row * OUT_COLUMNS + lane] = T(c);
                     total += c;
                 }
-            }
-            fence_shared_async();
-            group_sync(group);
-            if (thread == 0) {
-                store_box(&C.map, shared_address(out), int(n), int(m0));
-                store_box_commit();
+                fence_shared_async();
+                group_sync(group);
+                if (thread == 0) {
+                    store_box(&C.map, shared_address(out), int(n), int(m));
+                    store_box_commit();
+                }
+                turn = (turn + 1) % OUTS;
             }
         }
         if constexpr (!same_type<Column, NoSums>) {
