@@ -28,6 +28,13 @@ def products(tile: Tile, precision: str = "bf16") -> None:
             rounded(precision, "linear_dgrad", np.sign(dZ), np.sign(W))
 
 
+def in_runs() -> None:
+    """A batch in runs that take turns at a tile, in two blocks and more."""
+    dZ, X = whole((200, 24), (200, 72))
+    with hopper.on_hopper(hopper.SHARED):
+        rounded("bf16", "linear_wgrad", dZ, X)
+
+
 def shared() -> None:
     products(hopper.SHARED)
 
@@ -90,6 +97,8 @@ def replayed() -> None:
 HEADER = partial(Mutant, "hopper_product.cuh")
 ONE = partial(Mutant, "one_tile.cuh")
 HOPPER = [
+    HEADER("if (first) wait_turn(turn, work.run());", "", in_runs),
+    HEADER("there + sums.at[p][i];", "sums.at[p][i];", in_runs),
     HEADER("ring.parity() ^ 1)", "ring.parity())", shared),
     HEADER("barrier_wait(ring.free(), ring.parity() ^ 1);", "", shared),
     HEADER("barrier_wait(ring.full(), ring.parity());", "", shared),
@@ -118,9 +127,7 @@ HOPPER = [
     HEADER("if (p != piece || j / 4 != block)", "if (j / 4 != block)", tall),
     HEADER("at.m += part * Tile::ROWS;", "", shared),
     HEADER("if (at.m < M) finish(at, sums);", "finish(at, sums);", in_clusters),
-    HEADER("if (first) wait_turn(turn, work.run());", "", shared),
-    HEADER("if (work.run() > 0) sums", "sums", shared),
-    HEADER("there + sums.at[p][i];", "sums.at[p][i];", shared),
+    HEADER("if (work.run() > 0) sums", "sums", in_runs),
     HEADER("last ? 0 : work.run() + 1", "work.run() + 1", replayed),
     HEADER("lane % 2 * 4 + lane % 8 / 2", "lane % 8", shared),
     HEADER("matrix / 2 * 8 + lane % 8", "matrix % 2 * 8 + lane % 8", shared),

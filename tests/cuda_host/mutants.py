@@ -49,6 +49,17 @@ def one_of_each(mutants: list[Mutant], each: int = 2) -> list[Any]:
     return parameters
 
 
+def each_check(mutants: list[Mutant]) -> list[Any]:
+    """Their checks, marked as long where all their mutants are."""
+    short = {p.values[0].check for p in one_of_each(mutants) if not p.marks}
+    return [
+        pytest.param(
+            check, id=check.__name__, marks=[] if check in short else [pytest.mark.long]
+        )
+        for check in dict.fromkeys(m.check for m in mutants)
+    ]  # fmt: skip
+
+
 def planted(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
     """Let the sources have this bug."""
     text, headers = nvrtc.text, nvrtc.headers()

@@ -30,6 +30,7 @@ from tests.cuda_host.mutants import (
     BARRIER,
     F32,
     Mutant,
+    each_check,
     forget,
     normal,
     noticed,
@@ -397,7 +398,7 @@ def test_bug_is_noticed(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None
     assert noticed(monkeypatch, mutant.check)
 
 
-@pytest.mark.parametrize("check", {m.check for m in MUTANTS}, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", each_check(MUTANTS))
 @pytest.mark.usefixtures("fresh")
 def test_without_a_bug_nothing_is_noticed(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[], None]

@@ -105,7 +105,11 @@ def whole(rng: np.random.Generator, *shape: int) -> Array:
     return round_to(rng.integers(-3, 4, shape).astype(np.float32), "bf16")
 
 
-@pytest.mark.parametrize("tile", [hopper.TALL_IN_TURN, hopper.SHARED], ids=lambda tile: tile.name)
+@pytest.mark.parametrize(
+    "tile",
+    [hopper.TALL_IN_TURN, pytest.param(hopper.SHARED, marks=pytest.mark.long)],
+    ids=lambda tile: tile.name,
+)
 @pytest.mark.parametrize("activation", ["relu", pytest.param("gelu", marks=pytest.mark.long)])
 def test_epilogue_is_that_of_ampere(bf16: Any, tile: Tile, activation: str) -> None:
     """Sums of whole numbers are the same, and so is all that follows: bias, activation, dropout,

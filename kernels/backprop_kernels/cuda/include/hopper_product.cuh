@@ -52,9 +52,10 @@ struct Ring {
     DEVICE u32 parity() const { return strip / Tile::STAGES & 1; }  // of how often it has been round
     DEVICE shared_t A() const { return base + stage() * Tile::STRIP_BYTES; }
     DEVICE shared_t B() const { return A() + Tile::M * 128; }
-    DEVICE shared_t full() const { return base + RING_BYTES + 2 * WRITE_BYTES + stage() * 8; }
-    DEVICE shared_t free() const { return full() + Tile::STAGES * 8; }
-    DEVICE shared_t turn(int group) const { return base + RING_BYTES + 2 * WRITE_BYTES + (2 * Tile::STAGES + group - 1) * 8; }
+    DEVICE shared_t barrier(u32 i) const { return base + RING_BYTES + 2 * WRITE_BYTES + i * 8; }
+    DEVICE shared_t full() const { return barrier(stage()); }
+    DEVICE shared_t free() const { return barrier(Tile::STAGES + stage()); }
+    DEVICE shared_t turn(int group) const { return barrier(2 * Tile::STAGES + group - 1); }
     // This warp has read the strip: all blocks that write into it may know.
     DEVICE void release() const {
         if (threadIdx.x % 32) return;
@@ -70,7 +71,8 @@ struct Ring {
 struct Work {
     int M, N, K, length;
     u32 runs, item, end;
-    DEVICE Work(long long m, long long n, long long k, long long run) : M(int(m)), N(int(n)), K(int(k)), length(int(run)) {
+    DEVICE Work(long long m, long long n, long long k, long long run)
+        : M(int(m)), N(int(n)), K(int(k)), length(int(run)) {
         runs = (u32(K) + length - 1) / u32(length);
         end = (u32(N) + OfCluster::N - 1) / OfCluster::N * ((u32(M) + OfCluster::M - 1) / OfCluster::M) * runs;
         item = blockIdx.x / Tile::CLUSTER;
