@@ -237,10 +237,11 @@ class Plan:
             if isinstance(layer, Dropout):
                 if i == 0 and training and stream is not None and layer.rate > 0:
                     drop = arrays.Dropout(layer.rate, stream, 0)
-                    self.passes.append(_input_pass(backend, layers[1], drop, workspace, batch))
+                    exact = getattr(backend, "exact", backend)
+                    self.passes.append(_input_pass(exact, layers[1], drop, workspace, batch))
                 continue
-            if stored != real and i == first and isinstance(layer, Linear):
-                X = workspace.rows("X", batch, layer.in_features, stored)
+            if stored != real and i == first:
+                X = workspace.rows("X", batch, _width(layer), stored)
                 nothing = Dropout(0.0), "identity", None, None, None, None, None
                 self.passes.append(CastPass(backend, *nothing, X, None, None))
             activation, dropout = layer.activation, None
@@ -354,10 +355,15 @@ class Plan:
             self.passes[i].delta(inputs[i], self.passes[i - 1])
 
 
+def _width(layer: Layer) -> int:
+    """Of what it takes."""
+    return layer.in_features if isinstance(layer, Linear) else getattr(layer, "features", 0)
+
+
 def _input_pass(
     backend: ModuleType, first: Layer, dropout: arrays.Dropout, workspace: Workspace, batch: int
 ) -> InputPass:
-    columns = first.in_features if isinstance(first, Linear) else getattr(first, "features", 0)
+    columns = _width(first)
     ones = workspace.vector("ones of the input", columns)
     ones[...] = 1
     zeros = workspace.vector("zeros of the input", columns)

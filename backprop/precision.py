@@ -10,7 +10,7 @@ from backprop_kernels.arrays import LinearLayer
 from backprop_kernels.errors import OptionError
 from backprop_kernels.precisions import PRECISIONS
 
-from backprop.layers import Dropout, Linear
+from backprop.layers import Linear
 
 if TYPE_CHECKING:
     from backprop.model import Sequential
@@ -41,12 +41,6 @@ def products(model: Sequential, precision: str | None, where: str) -> Any:
         raise OptionError(
             f'{where}: precision: expected "{own}" on device "{model.device}", got "{precision}", '
             'which needs a GPU: device="cuda"'
-        )
-    norms = [type(x).__name__ for x in model.layers if not isinstance(x, Linear | Dropout)]
-    if norms and row.stored != row.real:
-        raise OptionError(
-            f'{where}: precision: "{precision}" serves networks of Linear and Dropout layers, got '
-            f'one with {norms[0]}; use "tf32" or "float32"'
         )
     from backprop_kernels.cuda.in_precision import InPrecision
 

@@ -131,6 +131,12 @@ def _operands(where: str, precision: str | None, **operands: Array) -> tuple[Any
     return np.dtype(row.stored), np.dtype(row.real)
 
 
+def _result(out: Any, stored: Any, real: Any) -> Any:
+    """The dtype of Y: `stored`, or as sums are, of the last layer for the loss."""
+    Y = out[0] if out else None
+    return real if Y is not None and getattr(Y, "dtype", None) == real else stored
+
+
 def linear_forward(
     X: Array,
     W: Array,
@@ -150,10 +156,8 @@ def linear_forward(
         array(where, "b", b, (("out_features", out_features),), real)
     _epilogue(where, activation, dropout)
     shape = (("batch", batch), ("out_features", out_features))
-    Y = out[0] if out else None
-    as_sums = Y is not None and getattr(Y, "dtype", None) == real  # of the last layer, for the loss
     saved = _saved(batch, ("out_features", out_features), stored, activation, bits)
-    _outputs(where, out, {"Y": (shape, real if as_sums else stored), "saved": saved})
+    _outputs(where, out, {"Y": (shape, _result(out, stored, real)), "saved": saved})
 
 
 def _saved(
@@ -377,21 +381,21 @@ def norm_forward(
     out: Any,
     statistics: int,
     bits: bool = False,
+    precision: str | None = None,
     **running: Array,
 ) -> None:
     """Both norms; `statistics` is the axis length of mean and rstd: features, or batch."""
-    floating(where, "X", X, 2)
+    stored, real = _operands(where, precision, X=X)
     features = (("features", X.shape[1]),)
-    array(where, "gamma", gamma, features, X.dtype)
-    array(where, "beta", beta, features, X.dtype)
-    for name, value in running.items():
-        array(where, name, value, features, X.dtype)
+    for name, value in {"gamma": gamma, "beta": beta, **running}.items():
+        array(where, name, value, features, real)
     _epilogue(where, activation, dropout)
     shape = (("batch", X.shape[0]), *features)
     per = (("statistics", statistics),)
     _outputs(where, out, {
-        "Y": (shape, X.dtype), "saved": _saved(len(X), features[0], X.dtype, activation, bits),
-        "mean": (per, X.dtype), "rstd": (per, X.dtype),
+        "Y": (shape, _result(out, stored, real)),
+        "saved": _saved(len(X), features[0], stored, activation, bits),
+        "mean": (per, real), "rstd": (per, real),
     })  # fmt: skip
 
 
@@ -408,15 +412,15 @@ def norm_backward(
     out: Any,
     statistics: int,
     bits: bool = False,
+    precision: str | None = None,
 ) -> None:
-    floating(where, "dZ", dZ, 2)
+    stored, real = _operands(where, precision, dZ=dZ)
     shape = (("batch", dZ.shape[0]), ("features", dZ.shape[1]))
-    array(where, "X", X, shape, dZ.dtype)
-    array(where, "gamma", gamma, shape[1:], dZ.dtype)
+    array(where, "X", X, shape, stored)
+    array(where, "gamma", gamma, shape[1:], real)
     for name, value in (("mean", mean), ("rstd", rstd)):
-        array(where, name, value, (("statistics", statistics),), dZ.dtype)
-    below(where, dZ.shape[0], dZ.shape[1], dZ.dtype, saved, activation, dropout, bits)
+        array(where, name, value, (("statistics", statistics),), real)
+    below(where, dZ.shape[0], dZ.shape[1], stored, saved, activation, dropout, bits)
     _outputs(where, out, {
-        "dZ_prev": (shape, dZ.dtype), "db_prev": (shape[1:], dZ.dtype),
-        "dgamma": (shape[1:], dZ.dtype),
+        "dZ_prev": (shape, stored), "db_prev": (shape[1:], real), "dgamma": (shape[1:], real),
     })  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
+from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -267,9 +268,32 @@ def test_the_dtype_of_the_model_may_be_said() -> None:
 
 
 @pytest.mark.usefixtures("emulator")
-def test_norms_are_refused_where_activations_are_16_bits_wide() -> None:
-    with pytest.raises(bp.OptionError, match=re.escape(
-        'precision: "bf16" serves networks of Linear and Dropout layers, got one with BatchNorm; '
-        'use "tf32" or "float32"'
-    )):  # fmt: skip
-        bp.TrainStep(mlp(norm="batch"), "mse", precision="bf16")
+@pytest.mark.parametrize(
+    ("precision", "norm"),
+    [("bf16", "layer"), ("fp16", "batch"), pytest.param("bf16", "batch", marks=pytest.mark.long),
+     pytest.param("fp16", "layer", marks=pytest.mark.long)],
+)  # fmt: skip
+def test_norms_in_16_bits(precision: str, norm: str) -> None:
+    """Also as the first and the last layer; the statistics stay float32's."""
+    X, y = data()
+    layer = {"layer": bp.LayerNorm, "batch": bp.BatchNorm}[norm]
+    sizes = SIZES[:-1]  # a norm of 3 columns at the end would magnify every rounding
+    pairs = ((layer(i), bp.Linear(i, o, activation="gelu")) for i, o in pairwise(sizes))
+    layers = [bp.Dropout(0.1), *chain(*pairs), layer(sizes[-1])]
+    steps = []
+    for device, name in (("cpu", "float32"), ("cuda", precision)):
+        model = bp.Sequential(layers, device=device, seed=1)
+        step = bp.TrainStep(model, "cross_entropy", "SGD", batch_size=61, precision=name)
+        value = float(step(X, y))
+        views = {k: model.memory.numpy(v).copy() for k, v in step.gradients.views.items()}
+        running = [model.memory.numpy(v) for v in model.statistics.values()]
+        steps.append((value, views, running))
+    unit = 2.0 ** -PRECISIONS[precision].digits
+    (exact, true, averages), (value, found, low) = steps
+    assert value == pytest.approx(exact, rel=4 * unit)
+    for name, gradient in true.items():
+        error = np.linalg.norm(found[name] - gradient) / max(np.linalg.norm(gradient), 0.05)
+        assert 0 < error < 16 * unit, name
+    for ours, theirs in zip(averages, low, strict=True):
+        assert theirs.dtype == np.float32
+        np.testing.assert_allclose(theirs, ours, rtol=4 * unit, atol=4 * unit)

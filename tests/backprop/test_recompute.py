@@ -87,13 +87,14 @@ def test_the_bits_are_those_of_a_step_that_keeps_all(device: str, layers: Any) -
         assert trained(layers, device, recompute) == expected, recompute
 
 
+@pytest.mark.parametrize("layers", [plain, norms])
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
-def test_the_bits_are_the_same_in_16_bits(precision: str) -> None:
+def test_the_bits_are_the_same_in_16_bits(precision: str, layers: Any) -> None:
     if reason := build.problem():
         pytest.skip(f"the CUDA emulator {reason}")
     with installed():
-        expected = trained(plain, "cuda", 1, precision=precision)
-        assert trained(plain, "cuda", 3, precision=precision) == expected
+        expected = trained(layers, "cuda", 1, precision=precision)
+        assert trained(layers, "cuda", 3, precision=precision) == expected
 
 
 @pytest.mark.parametrize("frozen", ["layers.0", "layers.1", "layers.2"])

@@ -60,6 +60,27 @@ def given_products() -> None:
         assert len(cublaslt.library().calls) == 2
 
 
+def norms() -> None:
+    """In 16 bits, under a loss scale."""
+    rng = np.random.default_rng(0)
+    X, dZ = (round_to(rng.standard_normal((70, 35)).astype(F32), "fp16") for _ in range(2))
+    gamma, scale = rng.standard_normal(35).astype(F32), 8.0
+    mean, rstd = X.astype(F32).mean(axis=0), 1 / X.astype(F32).std(axis=0)
+    fp16 = mixed("fp16")
+    try:
+        with installed():
+            fp16.module.set_loss_scale(scale)
+        got = fp16.batch_norm_backward(dZ * np.float16(scale), X, gamma, mean, rstd)
+    finally:
+        with installed():
+            fp16.module.set_loss_scale(1.0)
+    wide = [a.astype(float) for a in (dZ, X, gamma, mean, rstd)]
+    dZ_prev, db_prev, dgamma = reference.batch_norm_backward(*wide)
+    np.testing.assert_allclose(got[0] / scale, dZ_prev, rtol=2e-3, atol=1e-3)
+    np.testing.assert_allclose(got[1], db_prev, rtol=2e-3, atol=2e-2)
+    np.testing.assert_allclose(got[2], dgamma, rtol=1e-4, atol=1e-4)
+
+
 def planes() -> None:
     """Whole numbers of 24 bits by small ones, their sums within float32's bound."""
     for precision, digits in (("bf16x6", 24), ("bf16x3", 16)):
@@ -116,6 +137,9 @@ def loss_scale() -> None:
 
 
 TENSOR_CORES = [
+    Mutant("column_sums.cu", "factor ? sum * *factor : sum", "sum", norms),
+    Mutant("column_sums.cu", "factor ? sum * *factor : sum", "factor ? *factor : sum", norms),
+    Mutant("batch_norm.cu", "dZ_prev[e] = stored(g);", "dZ_prev[e] = stored(2 * g);", norms),
     *(Mutant("given_product.cuh", old, new, given_products) for old, new in (
         ("corner.n + threadIdx.x % Tile::N", "threadIdx.x % Tile::N"),
         ("min(corner.m + Tile::M, M)", "corner.m + Tile::M"),

@@ -129,6 +129,9 @@ def products(
                 backend.linear_dgrad(A, _empty(stored, terms, columns), saved, activation, drop)
             backend.linear_forward(A, B, out=(_empty(real, rows, columns), None))
             backend.linear_wgrad(_empty(stored, terms, rows), _empty(stored, terms, columns))
+        if stored != real:
+            for activation in activations:
+                _norms(backend, stored, real, activation, drop)
         backend.cast(_empty(real, 8), _empty(stored, 8))
     return record
 
@@ -200,18 +203,25 @@ def _layers(dtype: np.dtype, activation: str) -> None:
         cuda.linear_forward(X, W, b, activation, drop)
         saved = _saved(dtype, activation, batch, 4)
         cuda.linear_dgrad(_empty(dtype, batch, 3), W, saved, activation, drop)
+    _norms(cuda, dtype, dtype, activation, drop)
+
+
+def _norms(
+    backend: Any, stored: np.dtype, real: np.dtype, activation: str, drop: Dropout
+) -> None:  # fmt: skip
+    after = activation, drop
     for columns in (4, 100, 5000):
-        X, vector = _empty(dtype, 8, columns), _empty(dtype, columns)
-        row, saved = _empty(dtype, 8), _saved(dtype, activation, 8, columns)
-        cuda.layer_norm_forward(X, vector, vector, 1e-5, activation, drop)
-        cuda.layer_norm_backward(X, X, vector, row, row, saved, activation, drop)
-        cuda.batch_norm_forward(
-            X, vector, vector, vector, vector, True, 0.1, 1e-5, activation, drop
-        )
-        cuda.batch_norm_forward(
-            X, vector, vector, vector, vector, False, 0.1, 1e-5, activation, drop
-        )
-        cuda.batch_norm_backward(X, X, vector, vector, vector, saved, activation, drop)
+        X, vector = _empty(stored, 8, columns), _empty(real, columns)
+        row, saved = _empty(real, 8), _saved(stored, activation, 8, columns)
+        vectors = vector, vector, vector
+        backend.layer_norm_forward(X, vector, vector, 1e-5, *after)
+        backend.layer_norm_backward(X, X, vector, row, row, saved, *after)
+        for training in (True, False):
+            backend.batch_norm_forward(X, *vectors, vector, training, 0.1, 1e-5, *after)
+        backend.batch_norm_backward(X, X, *vectors, saved, *after)
+        if stored != real:
+            out = _empty(real, 8, columns), None, row, row
+            backend.layer_norm_forward(X, vector, vector, out=out)
 
 
 def _loss(dtype: np.dtype, name: str, activation: str) -> None:

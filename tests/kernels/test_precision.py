@@ -238,6 +238,65 @@ def test_epilogue_is_that_of_the_other_kernels(
     np.testing.assert_allclose(db_prev, true[1], rtol=1e-5, atol=1e-5 + lost)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm"])
+def test_norms(products: Any, name: str, precision: str) -> None:
+    """Of stored numbers, computed in float32: as exact as what they are stored in, and its sums
+    are true under a loss scale."""
+    rng = np.random.default_rng(5)
+    row, backend, scale = PRECISIONS[precision], products[precision], 1.0
+    if row.loss_scaling:
+        scale = 64.0
+        with backend.place():
+            backend.module.set_loss_scale(scale)
+    near = {"rtol": 2 * 2.0**-row.digits, "atol": 2.0**-16}
+    X, dZ = (stored(rng.standard_normal((150, 35)) + 1, precision) for _ in range(2))
+    wide, of_dZ = widen(X).astype(float), widen(dZ).astype(float)
+    gamma, beta = (rng.standard_normal(35).astype(np.float32) for _ in range(2))
+    running = [np.zeros(35, np.float32), np.ones(35, np.float32)] if name == "batch_norm" else []
+    expected = [a.astype(float) for a in running]
+    drop = Dropout(0.5, np.array([5, 3]), 2)
+    keys: dict[str, Any] = {"activation": "gelu", "dropout": drop}
+    Y, saved, mean, rstd = getattr(backend, f"{name}_forward")(X, gamma, beta, *running, **keys)
+    exact = getattr(reference, f"{name}_forward")(
+        wide, gamma.astype(float), beta.astype(float), *expected, **keys
+    )
+    assert (Y.dtype, mean.dtype) == (X.dtype, F32)
+    for got, true in ((widen(Y), exact[0]), (widen(saved), exact[1])):
+        np.testing.assert_allclose(got, true, **near)
+    for got, true in ((mean, exact[2]), (rstd, exact[3]), *zip(running, expected, strict=True)):
+        np.testing.assert_allclose(got, true, rtol=1e-5, atol=1e-6)
+
+    plain = np.empty(X.shape, np.float32)
+    out = (plain, None, np.empty_like(mean), np.empty_like(rstd))
+    getattr(backend, f"{name}_forward")(X, gamma, beta, *running, out=out)
+    true = getattr(reference, f"{name}_forward")(
+        wide, gamma.astype(float), beta.astype(float), *expected
+    )
+    np.testing.assert_allclose(plain, true[0], rtol=1e-5, atol=1e-5)  # nothing was rounded
+
+    below = stored(rng.standard_normal((150, 35)), precision)
+    scaled = stored(of_dZ * scale, precision)
+    got = getattr(backend, f"{name}_backward")(scaled, X, gamma, mean, rstd, below, "gelu", drop)
+    true = getattr(reference, f"{name}_backward")(
+        of_dZ,
+        wide,
+        gamma.astype(float),
+        exact[2],
+        exact[3],
+        widen(below).astype(float),
+        "gelu",
+        drop,
+    )
+    np.testing.assert_allclose(widen(got[0]) / scale, true[0], **near)
+    lost = 150 * 2.0**-row.digits / 8  # of deltas that were rounded before they were added
+    np.testing.assert_allclose(got[1], true[1], rtol=1e-4, atol=1e-4 + lost)
+    np.testing.assert_allclose(got[2], true[2], rtol=1e-4, atol=1e-4)
+    if row.loss_scaling:
+        with backend.place():
+            backend.module.set_loss_scale(1.0)
+
+
 def test_unscaled_gradients(products: Any) -> None:
     """With a loss scale, what is a gradient of a parameter is the true one."""
     rng = np.random.default_rng(2)

@@ -13,13 +13,13 @@
 #include "reduce.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-batch_norm_blocks(const real* X, real* sums, real* squares, long long rows, long long columns,
+batch_norm_blocks(const stored* X, real* sums, real* squares, long long rows, long long columns,
                   long long rows_per_block, long long across) {
     const long long first = blockIdx.x * rows_per_block, last = min(first + rows_per_block, rows);
     const real count = real(last - first);
     real* sum = sums + blockIdx.x * columns;
     column_partials(first, last, columns, int(across), sum,
-                    [&](long long i, long long j) { return X[i * columns + j]; });
+                    [&](long long i, long long j) { return real(X[i * columns + j]); });
     column_partials(first, last, columns, int(across), squares + blockIdx.x * columns,
                     [&](long long i, long long j) {
         const real d = X[i * columns + j] - sum[j] / count;
@@ -58,8 +58,8 @@ batch_norm_running(const real* running_mean, const real* running_var, real* mean
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-batch_norm_forward(const real* X, const real* gamma, const real* beta, const real* mean,
-                   const real* rstd, real* Y, kept* saved, long long rows, long long columns,
+batch_norm_forward(const stored* X, const real* gamma, const real* beta, const real* mean,
+                   const real* rstd, result* Y, kept* saved, long long rows, long long columns,
                    long long rows_per_block, long long across, const long long* stream,
                    long long layer, long long threshold, real scale) {
     const long long first = blockIdx.x * rows_per_block, last = min(first + rows_per_block, rows);
@@ -68,17 +68,17 @@ batch_norm_forward(const real* X, const real* gamma, const real* beta, const rea
         const long long e = i * columns + j;
         const real z = inside ? (X[e] - mean[j]) * rstd[j] * gamma[j] + beta[j] : real(0);
         const real y = forward_epilogue(z, i, j, columns, inside, saved, keep, scale);
-        if (inside) Y[e] = y;
+        if (inside) Y[e] = result(y);
     });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-batch_norm_products(const real* dZ, const real* X, const real* mean, const real* rstd, real* sums,
+batch_norm_products(const stored* dZ, const stored* X, const real* mean, const real* rstd, real* sums,
                     real* products, long long rows, long long columns, long long rows_per_block,
                     long long across) {
     const long long first = blockIdx.x * rows_per_block, last = min(first + rows_per_block, rows);
     column_partials(first, last, columns, int(across), sums + blockIdx.x * columns,
-                    [&](long long i, long long j) { return dZ[i * columns + j]; });
+                    [&](long long i, long long j) { return real(dZ[i * columns + j]); });
     column_partials(first, last, columns, int(across), products + blockIdx.x * columns,
                     [&](long long i, long long j) {
         const long long e = i * columns + j;
@@ -87,9 +87,9 @@ batch_norm_products(const real* dZ, const real* X, const real* mean, const real*
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-batch_norm_backward(const real* dZ, const real* X, const real* gamma, const real* mean,
+batch_norm_backward(const stored* dZ, const stored* X, const real* gamma, const real* mean,
                     const real* rstd, const real* dbeta, const real* dgamma, const kept* saved,
-                    real* dZ_prev, real* partial, long long rows, long long columns,
+                    stored* dZ_prev, real* partial, long long rows, long long columns,
                     long long rows_per_block, long long across, const long long* stream,
                     long long layer, long long threshold, real scale) {
     const long long first = blockIdx.x * rows_per_block, last = min(first + rows_per_block, rows);
@@ -103,7 +103,7 @@ batch_norm_backward(const real* dZ, const real* X, const real* gamma, const real
         const real d = dZ[e] - dbeta[j] * share - x_hat * (dgamma[j] * share);
         const Saved of = read_saved(saved, i, j, columns);
         const real g = backward_epilogue(gamma[j] * rstd[j] * d, i, j, columns, of, keep, scale);
-        dZ_prev[e] = g;
+        dZ_prev[e] = stored(g);
         return g;
     });
 }

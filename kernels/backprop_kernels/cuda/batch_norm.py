@@ -9,7 +9,13 @@ from backprop_kernels import checks
 from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.epilogue import SAVES_BITS, column_sums, dropout_arguments, variant
+from backprop_kernels.cuda.epilogue import (
+    SAVES_BITS,
+    column_sums,
+    dropout_arguments,
+    storage,
+    variant,
+)
 from backprop_kernels.cuda.launch import empty, launch, on_device
 from backprop_kernels.cuda.rows import THREADS, division
 
@@ -32,28 +38,40 @@ def batch_norm_forward(
     Training uses the batch's mean and biased variance, and moves running_mean and running_var
     (unbiased, as PyTorch does) towards them by `momentum`; else the running ones are used.
     """
+    given = X, gamma, beta, running_mean, running_var, training, momentum, eps
+    return forward(None, *given, activation, dropout, out)
+
+
+def forward(
+    precision: str | None, X: Array, gamma: Array, beta: Array, running_mean: Array,
+    running_var: Array, training: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+    activation: str = "identity", dropout: Dropout | None = None,
+    out: tuple[Array | None, Array | None, Array | None, Array | None] | None = None,
+) -> tuple[Array, Array | None, Array, Array]:  # fmt: skip
+    """`batch_norm_forward` of arrays as a precision stores them; Y may be `real`, given as such."""
     checks.norm_forward(
         "batch_norm_forward", X, gamma, beta, activation, dropout, out, X.shape[1],
-        SAVES_BITS, running_mean=running_mean, running_var=running_var,
+        SAVES_BITS, precision, running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
     Y, kept, mean, rstd = out or (None, None, None, None)
     on_device(
         "batch_norm_forward", X=X, gamma=gamma, beta=beta, running_mean=running_mean,
         running_var=running_var, out_Y=Y, out_saved=kept, out_mean=mean, out_rstd=rstd,
     )  # fmt: skip
-    rows, columns = X.shape
+    (rows, columns), dtype = X.shape, gamma.dtype
     Y = empty(X.shape, X.dtype) if Y is None else Y
-    mean = empty((columns,), X.dtype) if mean is None else mean
-    rstd = empty((columns,), X.dtype) if rstd is None else rstd
+    mean = empty((columns,), dtype) if mean is None else mean
+    rstd = empty((columns,), dtype) if rstd is None else rstd
     saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty, SAVES_BITS)
     if not columns:
         return Y, saved, mean, rstd
 
-    unit = Unit("batch_norm.cu", variant(X.dtype, activation))
-    work, real = division(rows, columns), X.dtype.type
+    types = storage(precision, Y.dtype != X.dtype)
+    unit = Unit("batch_norm.cu", variant(dtype, activation, types))
+    work, real = division(rows, columns), dtype.type
     grid, strips, block = (work.blocks,), (-(-columns // THREADS),), (THREADS,)
     if training and rows:
-        sums, squares = (empty((work.blocks, columns), X.dtype) for _ in range(2))
+        sums, squares = (empty((work.blocks, columns), dtype) for _ in range(2))
         launch(unit, "batch_norm_blocks", grid, block, X, sums, squares, *work.arguments)
         launch(
             unit, "batch_norm_statistics", strips, block, sums, squares, work.blocks, mean, rstd,
@@ -68,7 +86,7 @@ def batch_norm_forward(
     if rows:
         launch(
             unit, "batch_norm_forward", grid, block, X, gamma, beta, mean, rstd, Y, kept,
-            *work.arguments, *dropout_arguments(dropout, X.dtype),
+            *work.arguments, *dropout_arguments(dropout, dtype),
         )  # fmt: skip
     return Y, saved, mean, rstd
 
@@ -85,37 +103,51 @@ def batch_norm_backward(
     out: tuple[Array | None, Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array | None, Array | None]:
     """dZ (batch, features), the layer below → dZ_prev, db_prev, dgamma (dbeta is dZ's own db)."""
+    return backward(None, None, dZ, X, gamma, mean, rstd, saved, activation, dropout, out)
+
+
+def backward(
+    precision: str | None, unscale: Array | None, dZ: Array, X: Array, gamma: Array, mean: Array,
+    rstd: Array, saved: Array | None = None, activation: str = "identity",
+    dropout: Dropout | None = None,
+    out: tuple[Array | None, Array | None, Array | None] | None = None,
+) -> tuple[Array, Array | None, Array | None]:  # fmt: skip
+    """`batch_norm_backward` of arrays as a precision stores them. dZ and dZ_prev may be multiplied
+    by a scale: `unscale` is its inverse, on the device, and db_prev and dgamma are true ones."""
     checks.norm_backward(
         "batch_norm_backward", dZ, X, gamma, mean, rstd, saved, activation, dropout, out,
-        X.shape[1], SAVES_BITS,
+        X.shape[1], SAVES_BITS, precision,
     )  # fmt: skip
-    rows, columns = X.shape
-    dZ_prev, db_prev, dgamma = out or (None, empty((columns,), X.dtype), None)
+    (rows, columns), real = X.shape, gamma.dtype
+    dZ_prev, db_prev, dgamma = out or (None, empty((columns,), real), None)
     on_device(
         "batch_norm_backward", dZ=dZ, X=X, gamma=gamma, mean=mean, rstd=rstd, saved=saved,
         out_dZ_prev=dZ_prev, out_db_prev=db_prev, out_dgamma=dgamma,
     )  # fmt: skip
     dZ_prev = empty(X.shape, X.dtype) if dZ_prev is None else dZ_prev
-    dgamma = empty((columns,), X.dtype) if dgamma is None else dgamma
-    dbeta = empty((columns,), X.dtype)
+    dgamma = empty((columns,), real) if dgamma is None else dgamma
+    # As dZ is multiplied, so are these.
+    dbeta, scaled = empty((columns,), real), dgamma if unscale is None else empty((columns,), real)
 
-    unit = Unit("batch_norm.cu", variant(X.dtype, activation))
+    unit = Unit("batch_norm.cu", variant(real, activation, storage(precision, False)))
     work = division(rows, columns)
     grid, block = (work.blocks,), (THREADS,)
-    sums, products, partial = (empty((work.blocks, columns), X.dtype) for _ in range(3))
+    sums, products, partial = (empty((work.blocks, columns), real) for _ in range(3))
     if dZ_prev.size:
         launch(
             unit, "batch_norm_products", grid, block, dZ, X, mean, rstd, sums, products,
             *work.arguments,
         )  # fmt: skip
     column_sums(sums, dbeta)
-    column_sums(products, dgamma)
+    column_sums(products, scaled)
+    if unscale is not None:
+        column_sums(products, dgamma, unscale)
     if dZ_prev.size:
         launch(
-            unit, "batch_norm_backward", grid, block, dZ, X, gamma, mean, rstd, dbeta, dgamma,
+            unit, "batch_norm_backward", grid, block, dZ, X, gamma, mean, rstd, dbeta, scaled,
             saved, dZ_prev, None if db_prev is None else partial, *work.arguments,
-            *dropout_arguments(dropout, X.dtype),
+            *dropout_arguments(dropout, real),
         )  # fmt: skip
     if db_prev is not None:
-        column_sums(partial, db_prev)
+        column_sums(partial, db_prev, unscale)
     return dZ_prev, db_prev, dgamma

@@ -1,16 +1,16 @@
 // Sums over the rows of `partial`, in order: the end of every bias gradient and of a split product.
 //
-// partial (rows, columns)    read
-// sums (columns)             written; 0 where there are no rows
+// partial (rows, columns), factor () or null, which is 1    read
+// sums (columns), times factor                              written; 0 where there are no rows
 // One thread per column; 64-bit offsets.
 #include "variant.cuh"
 #include "ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-column_sums(const real* partial, real* sums, long long rows, long long columns) {
+column_sums(const real* partial, const real* factor, real* sums, long long rows, long long columns) {
     const long long n = blockIdx.x * 256ll + threadIdx.x;
     if (n >= columns) return;
     real sum = real(0);
     for (long long i = 0; i < rows; ++i) sum += partial[i * columns + n];
-    sums[n] = sum;
+    sums[n] = factor ? sum * *factor : sum;
 }

@@ -12,6 +12,7 @@ from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda import code
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.launch import launch, on_device
+from backprop_kernels.cuda.tiles import NUMBERS
 
 SAVES, SAVED_AS_BITS = {"": 0, "Y": 1, "Z": 2}, 3  # as epilogue.cuh numbers them
 SAVES_BITS = True  # for activations with two slopes; in other backends they save Y or Z
@@ -35,6 +36,13 @@ def variant(dtype: Any, activation: str, types: tuple[str, ...] = ()) -> str:
     )
 
 
+def storage(precision: str | None, as_sums: bool) -> tuple[str, ...]:
+    """The lines of variant.cuh that say what a norm's arrays hold; `as_sums`: Y holds `real`."""
+    stored = "real" if precision is None else NUMBERS[precision][0]
+    result = "real" if as_sums else "stored"
+    return '#include "floats.cuh"', f"using stored = {stored};", f"using result = {result};"
+
+
 def dropout_arguments(dropout: Dropout | None, dtype: Any) -> tuple[Any, ...]:
     """stream, layer, threshold and scale, as kernels take them; a null stream drops nothing."""
     dtype = np.dtype(dtype)
@@ -45,13 +53,13 @@ def dropout_arguments(dropout: Dropout | None, dtype: Any) -> tuple[Any, ...]:
     return dropout.stream, dropout.layer, round(dropout.rate * 2**32), scale
 
 
-def column_sums(partial: Array, sums: Array) -> None:
-    """sums (columns,) = the rows of partial (rows, columns), added in order."""
+def column_sums(partial: Array, sums: Array, factor: Array | None = None) -> None:
+    """sums (columns,) = the rows of partial (rows, columns), added in order, times factor ()."""
     rows, columns = partial.shape
     if columns:
         unit = Unit("column_sums.cu", plain_variant(sums.dtype))
         grid = (-(-columns // SUM_THREADS),)
-        launch(unit, "column_sums", grid, (SUM_THREADS,), partial, sums, rows, columns)
+        launch(unit, "column_sums", grid, (SUM_THREADS,), partial, factor, sums, rows, columns)
 
 
 @cache

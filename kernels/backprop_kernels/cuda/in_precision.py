@@ -1,8 +1,8 @@
-"""The CUDA backend with its linear layers in one precision of the table.
+"""The CUDA backend with its layers in one precision of the table.
 
 `InPrecision("bf16")` has the functions of the backend, with the same signatures. Activations,
-deltas and the weights it multiplies are arrays of `stored`; biases, gradients of parameters and
-what the loss reads are float32. Nothing else changes.
+deltas and the weights it multiplies are arrays of `stored`; biases, statistics, gradients of
+parameters and what the loss reads are float32. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from backprop_kernels import cuda
 from backprop_kernels.arrays import Array, LinearLayer
+from backprop_kernels.cuda import batch_norm, layer_norm
 from backprop_kernels.cuda.cast import cast
 from backprop_kernels.cuda.launch import capability, constant, copy, empty
 from backprop_kernels.cuda.linear_dgrad import dgrad
@@ -32,6 +33,8 @@ class InPrecision:
     parameters divided by it where they are written: no gradient of a parameter is ever scaled.
     """
 
+    exact = cuda  # for arrays of float32
+
     def __init__(self, precision: str) -> None:
         self.precision = PRECISIONS[precision]
         self.stored = np.dtype(self.precision.stored)
@@ -42,6 +45,10 @@ class InPrecision:
         self.linear_forward = partial(forward, precision)
         self.linear_dgrad = partial(dgrad, precision, self._unscale)
         self.linear_wgrad = partial(wgrad, precision, self._unscale)
+        self.layer_norm_forward = partial(layer_norm.forward, precision)
+        self.layer_norm_backward = partial(layer_norm.backward, precision, self._unscale)
+        self.batch_norm_forward = partial(batch_norm.forward, precision)
+        self.batch_norm_backward = partial(batch_norm.backward, precision, self._unscale)
         self.cast = partial(cast, precision)
         self.mlp_step = partial(whole, precision)
 

@@ -14,7 +14,7 @@
 static DEVICE real team_sum(real x) { return TEAM == WARP ? lane_sum(x) : block_sum(x); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-layer_norm_forward(const real* X, const real* gamma, const real* beta, real* Y, kept* saved,
+layer_norm_forward(const stored* X, const real* gamma, const real* beta, result* Y, kept* saved,
                    real* mean, real* rstd, long long rows, long long columns, real eps,
                    long long centred, const long long* stream, long long layer,
                    long long threshold, real scale) {
@@ -37,7 +37,7 @@ layer_norm_forward(const real* X, const real* gamma, const real* beta, real* Y, 
         const bool inside = j < columns;
         const real z = inside ? (X[e + j] - middle) * narrow * gamma[j] + beta[j] : real(0);
         const real y = forward_epilogue(z, i, j, columns, inside, saved, keep, scale);
-        if (inside) Y[e + j] = y;
+        if (inside) Y[e + j] = result(y);
     }
     if (lane == 0) {
         mean[i] = middle;
@@ -46,8 +46,8 @@ layer_norm_forward(const real* X, const real* gamma, const real* beta, real* Y, 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-layer_norm_backward(const real* dZ, const real* X, const real* gamma, const real* mean,
-                    const real* rstd, const kept* saved, real* dZ_prev, real* products,
+layer_norm_backward(const stored* dZ, const stored* X, const real* gamma, const real* mean,
+                    const real* rstd, const kept* saved, stored* dZ_prev, real* products,
                     real* partial, long long rows, long long columns,
                     long long rows_per_block, long long across, long long centred,
                     const long long* stream, long long layer, long long threshold,
@@ -71,7 +71,7 @@ layer_norm_backward(const real* dZ, const real* X, const real* gamma, const real
             const real x_hat = (X[e + j] - mean[i]) * rstd[i];
             const real g = rstd[i] * (dZ[e + j] * gamma[j] - shift - x_hat * slope);
             const Saved of = read_saved(saved, i, j, columns);
-            dZ_prev[e + j] = backward_epilogue(g, i, j, columns, of, keep, scale);
+            dZ_prev[e + j] = stored(backward_epilogue(g, i, j, columns, of, keep, scale));
         }
     }
     column_partials(first, last, columns, int(across), products + blockIdx.x * columns,
@@ -81,5 +81,5 @@ layer_norm_backward(const real* dZ, const real* X, const real* gamma, const real
     });
     if (partial)  // all threads have been there for the sums above: dZ_prev is complete
         column_partials(first, last, columns, int(across), partial + blockIdx.x * columns,
-                        [&](long long i, long long j) { return dZ_prev[i * columns + j]; });
+                        [&](long long i, long long j) { return real(dZ_prev[i * columns + j]); });
 }
