@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from backprop_kernels.cuda.launch import launch, on_device
 from backprop_kernels.errors import KindError, ShapeError
 
 from tests.cuda_host import cupy_stand_in
+from tests.cuda_host.threads import RACE_FOUND, under_thread_sanitizer
 
 pytestmark = pytest.mark.usefixtures("emulator")
 SUMS = Unit("column_sums.cu", plain_variant(np.dtype(np.float32)))
@@ -223,18 +221,9 @@ with installed():
 @pytest.mark.parametrize("broken", [False, True])
 def test_thread_sanitizer(broken: bool) -> None:
     """Every CUDA thread a real one: clean as it is, a data race where a barrier is taken out."""
-    library = subprocess.check_output(["g++", "-print-file-name=libtsan.so"], text=True).strip()
-    if not os.path.isabs(library):
-        pytest.skip("g++ has no libtsan")
     code = RACE.format(root=str(ROOT), kernels=str(ROOT / "kernels"), broken=broken)
-    environment = {
-        **os.environ, "LD_PRELOAD": library, "CUDA_HOST_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-        "TSAN_OPTIONS": "exitcode=66 halt_on_error=1 report_signal_unsafe=0",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    done = under_thread_sanitizer(code)
     if broken:
-        assert done.returncode == 66 and "data race" in done.stderr, done.stderr[-3000:]
+        assert done.returncode == RACE_FOUND and "data race" in done.stderr, done.stderr[-3000:]
     else:
         assert done.returncode == 0, done.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from backprop_kernels.errors import KindError, LabelError, OptionError, ShapeErr
 
 from tests.cuda_host import build
 from tests.cuda_host.backend import adapter, installed, on_gpu
+from tests.cuda_host.threads import RACE_FOUND, under_thread_sanitizer
 from tests.gpu import GPU
 from tests.networks import F32, Network, check, expect_exact, run, whole_numbers
 
@@ -94,6 +96,12 @@ def case() -> Any:
     return network, (X, t, P / 4)
 
 
+def just(network: Network, tile: int) -> int:
+    """So much shared memory that a tile fits, in KiB, and nothing can be fetched ahead."""
+    needed = mlp_fit._fit(network.layers, "mse", tile, False).shared + mlp_fit.STATIC
+    return -(-needed // 1024)
+
+
 @pytest.mark.long
 def test_neither_the_tile_nor_where_sums_lie_changes_a_bit(
     bf16: Any, case: Any, monkeypatch: pytest.MonkeyPatch
@@ -102,23 +110,64 @@ def test_neither_the_tile_nor_where_sums_lie_changes_a_bit(
     seen = set()
     for tile in mlp_fit.TILES:
         monkeypatch.setattr(mlp_fit, "TILES", (tile,))
-        for fours in (39, 12, 0):
+        for fours, kilobytes in ((39, 227), (12, 227), (0, 227), (39, just(case[0], tile))):
             monkeypatch.setattr(mlp_fit, "IN_REGISTERS", fours)
+            monkeypatch.setattr(mlp_fit, "SHARED", {90: kilobytes})
             _, G = run(bf16, case[0], *case[1])
             seen.add(G.tobytes())
     assert len(seen) == 1
 
 
-def test_sums_in_shared_memory_are_the_same(
+def test_with_little_memory_the_bits_are_the_same(
     bf16: Any, case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, given = case
     _, expected = run(bf16, network, *given)
     monkeypatch.setattr(mlp_fit, "IN_REGISTERS", 8)
     monkeypatch.setattr(mlp_fit, "TILES", (32,))
+    monkeypatch.setattr(mlp_fit, "SHARED", {90: just(network, 32)})
     fit, why = choose(network.layers, "mse", "bf16", 90, 330)
     assert fit is not None and "gradients of 1 of 3 layers in registers" in why
+    assert "32 rows at a time, " in why and "ahead" not in why
     np.testing.assert_array_equal(run(bf16, network, *given)[1], expected)
+
+
+RACE = """
+import sys
+sys.path[:0] = {paths!r}
+from backprop_kernels.cuda import compile as nvrtc, mlp_fit
+from backprop_kernels.cuda.in_precision import InPrecision
+from tests.cuda_host.backend import installed
+from tests.cuda_host.cupy_stand_in import asarray
+from tests.networks import whole_numbers
+
+text, barrier = nvrtc.text, {barrier!r}
+assert not barrier or text("mlp_step.cu").count(barrier) == 1
+nvrtc.text = lambda file: text(file).replace(barrier, "") if barrier else text(file)
+mlp_fit.TILES, mlp_fit.IN_REGISTERS = (32,), 5
+network, (X, target, P, name, options, _) = whole_numbers(70, (20, 40, 16))
+with installed():
+    given = (asarray(a) for a in (X, target, P))
+    InPrecision("bf16").mlp_step(*given, network.layers, name, options)
+"""
+BARRIERS = (
+    "the copies of all threads are there", "the input is complete", "Z is complete",
+    "the deltas are complete", "the activations below have been read",
+)  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("why", ["", *BARRIERS])
+def test_threads_race_without_any_of_the_barriers(why: str) -> None:
+    """And with all of them do not."""
+    if build.problem():
+        pytest.skip(f"the CUDA emulator {build.problem()}")
+    barrier = f"__syncthreads();  // {why}" if why else ""
+    done = under_thread_sanitizer(RACE.format(paths=sys.path, barrier=barrier))
+    if not why:
+        assert done.returncode == 0, done.stderr[-3000:]
+        return
+    assert done.returncode == RACE_FOUND and "data race" in done.stderr, done.stderr[-3000:]
 
 
 def test_a_row_with_nan_stays_alone_until_the_sums(bf16: Any) -> None:
@@ -232,8 +281,8 @@ def test_choice_explains_itself() -> None:
     fit, why = choose(layers, "cross_entropy", "bf16", 90, 2**18)
     assert fit is not None and fit.tile == 128
     assert why == (
-        f"network 64-64-64-10 in bf16: one kernel, 128 rows at a time, {fit.shared:,} of 231,424 "
-        "bytes of shared memory, gradients of 3 of 3 layers in registers"
+        "network 64-64-64-10 in bf16: one kernel, 128 rows at a time, the next ones fetched ahead, "
+        f"{fit.shared:,} of 231,424 bytes of shared memory, gradients of 3 of 3 layers in registers"
     )
     few, _ = choose(layers, "cross_entropy", "bf16", 90, 100)
     assert few is not None and few.tile == 64  # a block takes 64 rows
@@ -275,8 +324,8 @@ def test_no_two_rows_meet_in_a_bank(width: int) -> None:
 def test_places_in_shared_memory_are_apart() -> None:
     """Whatever a layer has lies before the next thing, on 16 bytes."""
     layers = Network.of((100, 33, 128, 7), "gelu").layers
-    fit = mlp_fit._fit(layers, "cross_entropy", 64)
-    starts = {fit.z_at, fit.d_at, fit.shared}
+    fit = mlp_fit._fit(layers, "cross_entropy", 64, True)
+    starts = {fit.z_at, fit.d_at, fit.ahead_at, fit.shared}
     for place in fit.places:
         starts |= {place.weights_at, place.bias_at, place.input_at, place.output_at}
         starts |= {at for at in (place.kept_at, place.sums_at) if at > 0}

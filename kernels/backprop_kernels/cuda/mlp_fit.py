@@ -48,6 +48,7 @@ class Fit(NamedTuple):
     places: tuple[Place, ...]
     z_at: int  # of the last layer, in float32, and ∂L/∂Z
     d_at: int
+    ahead_at: int  # of the input of the next tile, in float32; -1 where there is no room
     shared: int  # bytes of dynamic shared memory
 
 
@@ -76,19 +77,22 @@ def choose(
         return Choice(None, f"{where}: layer by layer, as {reason}")
     most = SHARED.get(capability, LEAST_SHARED) * 1024 - STATIC
     tiles = [tile for tile in TILES if tile <= rows_per_block(rows)]
-    fit = next((fit for tile in tiles if (fit := _fit(layers, loss, tile)).shared <= most), None)
+    fits = [_fit(layers, loss, tile, ahead) for tile in tiles for ahead in (True, False)]
+    fit = next((fit for fit in fits if fit.shared <= most), None)
     if fit is None:
-        least = _fit(layers, loss, tiles[-1]).shared
+        least = fits[-1].shared
         return Choice(
             None,
             f"{where}: layer by layer, as one kernel needs {least:,} bytes of shared memory and "
             f"this GPU has {most:,}",
         )
     spilled = sum(place.sums_at >= 0 for place in fit.places)
+    ahead = ", the next ones fetched ahead" if fit.ahead_at >= 0 else ""
     return Choice(
         fit,
-        f"{where}: one kernel, {fit.tile} rows at a time, {fit.shared:,} of {most:,} bytes of "
-        f"shared memory, gradients of {len(layers) - spilled} of {len(layers)} layers in registers",
+        f"{where}: one kernel, {fit.tile} rows at a time{ahead}, {fit.shared:,} of {most:,} bytes "
+        f"of shared memory, gradients of {len(layers) - spilled} of {len(layers)} layers in "
+        "registers",
     )
 
 
@@ -139,7 +143,7 @@ def _in_registers(layers: Sequence[LinearLayer]) -> set[int]:
     return chosen
 
 
-def _fit(layers: Sequence[LinearLayer], loss: str, tile: int) -> Fit:
+def _fit(layers: Sequence[LinearLayer], loss: str, tile: int, ahead: bool) -> Fit:
     """Everything one after the other in shared memory."""
     end = 0
 
@@ -169,4 +173,5 @@ def _fit(layers: Sequence[LinearLayer], loss: str, tile: int) -> Fit:
     row = 4 * (layers[last].out_features | 1)
     z_at = take(tile * row)
     d_at = take(tile * row) if LOSSES[loss].value is None else z_at  # in its place
-    return Fit(tile, tuple(places), z_at, d_at, end)
+    ahead_at = take(tile * 4 * layers[0].in_features) if ahead else -1
+    return Fit(tile, tuple(places), z_at, d_at, ahead_at, end)

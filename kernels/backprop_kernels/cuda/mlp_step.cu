@@ -5,12 +5,13 @@
 // G (parameters): the sum of the slices, in order; untouched where no layer lies     written
 // Fused: every layer forward and backward, the loss, the bias gradients.
 //
-// A block takes rows_per_block rows, TILE at a time. Weights are rounded into shared memory once;
-// the activations of a tile lie there too, each one's delta takes its place, and what a block adds
-// up stays in registers or, as many to a thread, in shared memory. Any width is filled up with
-// zeros to a multiple of 16. Every sum over rows goes on from 16 rows to the next, so that its bits
-// depend on the number of blocks alone. variant.cuh gives Layer<0> ... Layer<LAYERS - 1>: sizes,
-// place in P (BIAS < 0: none), places in shared memory in bytes (SUMS_AT < 0: in registers).
+// A block takes rows_per_block rows, TILE at a time; the next ones are on their way during backward.
+// Weights are rounded into shared memory once; a tile's activations lie there too, each one's delta
+// takes its place, and what a block adds up stays in registers or, as many to a thread, in shared
+// memory. Any width is filled up with zeros to a multiple of 16. Every sum over rows goes on from 16
+// rows to the next, so that its bits depend on the number of blocks alone. variant.cuh gives
+// Layer<0> ... Layer<LAYERS - 1>: sizes, place in P (BIAS < 0: none), places in shared memory in
+// bytes (SUMS_AT < 0: in registers).
 #include "variant.cuh"
 #include "floats.cuh"
 #include "reduce.cuh"
@@ -197,11 +198,31 @@ template <int L> DEVICE void store(Sums<L>& sums, real* slice) {
 
 // ---- a tile of rows, of which the first `rows` are there
 
+// Let the rows of a tile be copied to shared memory as they are, where there is room for them.
+DEVICE void fetch_rows(const real* X, int rows) {
+    if (AHEAD_AT < 0) return;
+    float* to = shared_at<float>(AHEAD_AT);
+    const int count = rows * Layer<0>::IN;
+    if (reinterpret_cast<size_t>(X) % 16 == 0) {
+        for (int e = threadIdx.x * 4; e < count; e += THREADS * 4)
+            copy_async_16(shared_address(to + e), X + e, min(count - e, 4) * 4);
+    } else {
+        for (int e = threadIdx.x; e < count; e += THREADS) copy_async_4(shared_address(to + e), X + e, 4);
+    }
+    copy_async_commit();
+}
+
 DEVICE void load_rows(const real* X, int rows) {
     constexpr int IN = Layer<0>::IN, WIDTH = pieces(IN) * 16;
+    const float* from = X;
+    if constexpr (AHEAD_AT >= 0) {
+        copy_async_wait<0>();
+        __syncthreads();  // the copies of all threads are there
+        from = shared_at<float>(AHEAD_AT);
+    }
     for (int e = threadIdx.x; e < TILE * WIDTH; e += THREADS) {
         const int r = e / WIDTH, i = e % WIDTH;
-        *Input<0>::at(r, i) = bf16(r < rows && i < IN ? X[r * IN + i] : 0.0f);
+        *Input<0>::at(r, i) = bf16(r < rows && i < IN ? from[r * IN + i] : 0.0f);
     }
 }
 
@@ -296,14 +317,18 @@ mlp_step(const real* X, const real* P, const real* target, const label_t* labels
          long long parameters, real a, const real* each_a, real b, const real* each_b) {
     const long long first = blockIdx.x * rows_per_block, last = min(first + rows_per_block, rows);
     const Aim aim{target, labels, a, b, each_a, each_b};
+    const auto rows_of_tile = [&](long long row) { return int(min(last - row, (long long)(TILE))); };
+    fetch_rows(X + first * Layer<0>::IN, rows_of_tile(first));
     load_weights<0>(P);
     Sums<0> sums;
     clear<0>(sums);
     double loss = 0;
     for (long long row = first; row < last; row += TILE) {
-        const int here = int(min(last - row, (long long)(TILE)));
+        const int here = rows_of_tile(row);
+        const long long next = row + TILE;
         load_rows(X + row * Layer<0>::IN, here);
         forward<0>(here);
+        if (next < last) fetch_rows(X + next * Layer<0>::IN, rows_of_tile(next));
         __syncthreads();  // Z is complete
         loss += last_deltas(aim, shares, share, row, here);
         backward<LAST>(sums);

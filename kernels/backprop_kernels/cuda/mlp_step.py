@@ -97,7 +97,7 @@ def _variant(
     names = sorted({layer.activation for layer in layers})
     numbers = {
         "LAYERS": len(layers), "TILE": fit.tile, "LANES": across(last.out_features),
-        "Z_AT": fit.z_at, "D_AT": fit.d_at,
+        "Z_AT": fit.z_at, "D_AT": fit.d_at, "AHEAD_AT": fit.ahead_at,
     }  # fmt: skip
     whole_row = LOSSES[loss].value is None
     return "\n".join(
