@@ -52,6 +52,7 @@ WRONG = {
         "__shared__ u64 b;\nif (threadIdx.x == 0) barrier_init(shared_address(&b), 1);\n"
         "__syncthreads();\nbarrier_wait(shared_address(&b), 0);", "deadlock"
     ),
+    "two warpgroups at one barrier": ("group_sync(1);", "group_sync by another warpgroup's number"),
     "a copy to an odd address": (
         "__shared__ __align__(16) float s[8];\ncopy_async_16(shared_address(s + 1), x, 16);",
         "cp.async to: address not on 16 bytes",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backprop_kernels.arrays import Array, Dropout
+from backprop_kernels.cuda import by_tiles
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.cuda.tiles import COOPERATIVE, DECIDE, PING_PONG, Choice, Tile, choose
 from backprop_kernels.precisions import round_to
@@ -143,3 +144,19 @@ def test_replays_of_a_batch_in_runs(bf16: Any) -> None:
                 X.astype(np.uint32) << 16
             ).view(np.float32)
             assert np.array_equal(dW, exact)
+
+
+def test_no_bit_depends_on_the_number_of_multiprocessors(
+    bf16: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs join in their order, whichever block they are given to."""
+    rng = np.random.default_rng(2)
+    dZ, X = (
+        round_to(rng.standard_normal((500, n)).astype(np.float32), "bf16") for n in (136, 72)
+    )  # fmt: skip
+    seen = set()
+    for count in (1, 2, 3, 7):
+        monkeypatch.setattr(by_tiles, "multiprocessors", lambda _, n=count: n)
+        with hopper.on_hopper(hopper.SHARED):
+            seen.add(bf16.linear_wgrad(dZ, X).tobytes())
+    assert len(seen) == 1

@@ -526,12 +526,13 @@ template <int COUNT> DEVICE void take_registers() {
 #endif
 }
 
-// The threads of this warpgroup meet, and see what each of them has written; `number` is its own, at
-// least 1.
+// The threads of this warpgroup meet, and see what each of them has written; `number` is its own in the
+// block, and not 0, which is __syncthreads.
 DEVICE void group_sync(int number) {
 #ifdef __CUDACC__
     asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
 #else
+    if (number != int(host::rank / host::GROUP)) host::fail("group_sync by another warpgroup's number", __LINE__);
     host::wait(host::AT_GROUP_BARRIER, __LINE__);
 #endif
 }
