@@ -38,6 +38,7 @@ tf32_product = _noticed_by(test_ptx.test_warp_product_of_tf32)
 box = _noticed_by(test_ptx.test_box_lies_swizzled_and_zero_outside, x=64, y=8)
 unbox = _noticed_by(test_ptx.test_box_is_written_where_it_lies_inside, x=64, y=8)
 cluster = _noticed_by(test_ptx.test_blocks_of_a_cluster_share_what_one_fetches)
+turns = _noticed_by(test_ptx.test_blocks_take_turns)
 
 
 def group(kind: str, columns: int, a_by_k: int, b_by_k: int) -> Callable[[], None]:
@@ -85,6 +86,8 @@ PTX = [
     bug("a, b, A_BY_K, B_BY_K, VALUE, keep)", "a, b, B_BY_K, A_BY_K, VALUE, keep)", crossed),
     bug("A_BY_K, B_BY_K, VALUE, keep)", "A_BY_K, B_BY_K, VALUE, 1)", small),
     bug('"f16", host::from_fp16)', '"f16", host::from_bf16)', halves),
+    bug("__atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine", "false", turns),
+    bug("__atomic_store_n(turn, next, ", "__atomic_store_n(turn, next + 1, ", turns),
     bug("host::commit_products(__LINE__)", "", small),
     bug("wait_products(PENDING", "wait_products(PENDING + 1", small),
     bug("host::copy_later(to, from, 16, valid", "host::copy_later(to, from, 16, 16", copies),
