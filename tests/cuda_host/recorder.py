@@ -114,9 +114,11 @@ def products(
     activations: Sequence[str],
     sizes: Sequence[tuple[int, int]] = EACH_TILE,
     terms: int = 3,
+    capability: int = 80,
 ) -> Record:
     """The record of the linear layers in a precision, also into float32."""
-    with recording() as record:
+    with recording() as record, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stand_in.Device, "compute_capability", str(capability))
         backend = InPrecision(precision)
         stored, real = np.dtype(backend.precision.stored), np.dtype(backend.precision.real)
         drop = Dropout(0.5, _empty(np.dtype(np.int64), 2), 1)
@@ -145,7 +147,7 @@ def hopper_products(
         patch.setattr(tiles, "ENOUGH_BLOCKS", 1)
         for tile in only:
             patch.setattr(tiles, "HOPPER", dict.fromkeys(tiles.HOPPER, (tile,)))
-            record |= products(precision, activations, ((8, 8),), terms=8)
+            record |= products(precision, activations, ((8, 8),), terms=8, capability=90)
     return record
 
 
@@ -154,7 +156,7 @@ def given_products(precision: str, activations: Sequence[str]) -> Record:
     with pytest.MonkeyPatch.context() as patch, tuning.deciding(lambda found: found[-1]):
         patch.setattr(cublaslt, "available", lambda: True)
         patch.setattr(cublaslt, "product", lambda *_: None)
-        return products(precision, activations, ((8, 8),), terms=8)
+        return products(precision, activations, ((8, 8),), terms=8, capability=90)
 
 
 def networks(
