@@ -71,8 +71,7 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
     training.add_argument("--metrics", type=names, default=[], metavar="NAME,…",
                           help=f"beside the losses: {', '.join(METRICS)}")  # fmt: skip
     training.add_argument("--precision", choices=tuple(PRECISIONS), metavar="NAME",
-                          help="of products: the dtype, or on a GPU "
-                               "tf32, bf16, fp16, bf16x3, bf16x6")  # fmt: skip
+                          help="of products: on a GPU tf32, bf16, fp16, bf16x3, bf16x6")  # fmt: skip
     training.add_argument("--class-weight", choices=("balanced",), metavar="balanced",
                           help="classes count alike, however rare")  # fmt: skip
     training.add_argument("--ema", type=float, metavar="F", help="decay of averaged parameters")

@@ -146,17 +146,18 @@ def test_flags_win_over_the_file(config: Path) -> None:
 
 
 def test_every_option_may_stand_in_a_file(config: Path) -> None:
-    """As a string, which any flag is; `quiet` as what it is."""
+    """As a string, which any option is; the flags as what they are."""
     arguments = ["fit", "--config", str(config)]
     config.write_text('data = "d"\ntarget = "t"\n')
     plain = vars(parser(arguments).parse_args(arguments))
     lines = [
         f'{name.replace("_", "-")} = "{"none" if name == "hidden" else value}"'
         for name, value in plain.items()
-        if name not in ("config", "run", "quiet", "resume", "drop", "metrics", "eval_set")
+        if name
+        not in ("config", "run", "quiet", "autotune", "resume", "drop", "metrics", "eval_set")
         and value is not None
     ]
-    config.write_text("\n".join([*lines, "quiet = false"]))
+    config.write_text("\n".join([*lines, "quiet = false", "autotune = false"]))
     assert {**vars(parser(arguments).parse_args(arguments)), "hidden": [128, 64]} == plain
 
 
