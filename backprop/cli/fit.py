@@ -58,8 +58,6 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
     training.add_argument("--clip-norm", type=float, metavar="F", help="longest gradient")
     option(training, "--accumulate", 1, "batches whose gradients make a step", type=int,
            metavar="N")  # fmt: skip
-    option(training, "--recompute", 1, "keep every so-many-th layer's activations", type=int,
-           metavar="N")  # fmt: skip
     training.add_argument("--autotune", action="store_true",
                           help="on a GPU: measure which kernels are the fastest")  # fmt: skip
     training.add_argument("--schedule", choices=SCHEDULE_NAMES, metavar="NAME",
@@ -70,8 +68,10 @@ def add_fit(commands: Any) -> argparse.ArgumentParser:
                           help="stop after so many epochs without a better val_loss")  # fmt: skip
     training.add_argument("--metrics", type=names, default=[], metavar="NAME,…",
                           help=f"beside the losses: {', '.join(METRICS)}")  # fmt: skip
-    training.add_argument("--precision", choices=tuple(PRECISIONS), metavar="NAME",
-                          help="of products: on a GPU tf32, bf16, fp16, bf16x3, bf16x6")  # fmt: skip
+    training.add_argument(
+        "--precision", choices=tuple(PRECISIONS), metavar="NAME",
+        help="of products: on a GPU tf32, bf16, fp16, bf16x3, bf16x6",
+    )  # fmt: skip
     training.add_argument("--class-weight", choices=("balanced",), metavar="balanced",
                           help="classes count alike, however rare")  # fmt: skip
     training.add_argument("--ema", type=float, metavar="F", help="decay of averaged parameters")

@@ -80,8 +80,7 @@ def fit(options: Namespace) -> None:
         schedule=_schedule(options), early_stopping=options.patience or options.early_stopping,
         clip_norm=options.clip_norm,
         accumulate=options.accumulate, input_noise=options.input_noise, ema=options.ema,
-        precision=options.precision, recompute=options.recompute,
-        autotune=options.autotune,
+        precision=options.precision, autotune=options.autotune,
         callbacks=logs, checkpoint=options.checkpoint, resume=options.resume,
         progress=False if options.quiet else "lines", seed=options.seed,
     )  # fmt: skip
