@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backprop_kernels.arrays import Array, Dropout
-from backprop_kernels.cuda import by_tiles
+from backprop_kernels.cuda import by_tiles, tuning
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.cuda.tiles import COOPERATIVE, DECIDE, PING_PONG, Choice, Tile, choose
 from backprop_kernels.precisions import round_to
@@ -93,6 +93,13 @@ def test_autotune_is_given_both_generations() -> None:
                 assert seen[:3] == ampere
     finally:
         DECIDE.reset(token)
+
+
+def test_autotune_can_measure_them(bf16: Any) -> None:
+    with bf16.place(), hopper.on_hopper(hopper.SHARED):
+        choice = choose("linear_wgrad", 64, 72, 200, "bf16", 90, can_map=True)
+        assert choice.tile is hopper.SHARED
+        assert 0 < tuning.measured(choice) < np.inf
 
 
 def both(bf16: Any, tile: Tile, name: str, *given: Any) -> list[Any]:
