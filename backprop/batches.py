@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from backprop_kernels import host_memory
@@ -18,6 +18,9 @@ from backprop_kernels.arrays import Array
 from backprop_kernels.errors import BackpropError, ShapeError
 
 from backprop.memory import HOST, Memory, on_gpu
+
+if TYPE_CHECKING:
+    from backprop.step import TrainStep
 
 BLOCK_BYTES = 2**20  # rows read together: long enough for a disk's full speed
 WINDOW_BLOCKS = 16  # blocks whose rows are shuffled together; three windows are held in memory
@@ -135,6 +138,7 @@ class Batches:
         self.shuffle = shuffle
         self.seed = seed
         self._gathers: dict[tuple[int, int], tuple[Callable[..., None], list[Array]]] = {}
+        self._index: Array | None = None  # of the next batch, where a step gathers it
         streamed = [column for column in columns if isinstance(column, Rows)]
         self._stream = _Stream(self, streamed) if streamed else None
         # Data that lies on the device stays there, and what belongs to it goes there.
@@ -146,6 +150,22 @@ class Batches:
         if self.resident:
             self.columns = [memory.place(column) for column in columns]
             self.full = [memory.place(buffer) for buffer in self.full]
+
+    def gather_in(self, step: TrainStep) -> None:
+        """Let `step` begin with gathering its batch, where it can, and not be called twice for it.
+
+        Between two calls from Python lie 50 us, once a step has emptied the caches. The arrays of a
+        batch are then filled by the step.
+        """
+        if not self.shuffle or self._stream is not None or self.memory is not HOST:
+            return
+        index = self._index = np.zeros(self.size, np.int64)
+
+        def gather(rows: int) -> None:
+            for column, buffer in zip(cast(list[Array], self.columns), self.full, strict=True):
+                self.backend.gather_rows(column, index[:rows], out=buffer[:rows])
+
+        step.before = gather
 
     def epoch(self, epoch: int) -> Iterator[Sequence[Array]]:
         """The batches of epoch `epoch` (from 0); each is good until the next. The last is short."""
@@ -177,6 +197,9 @@ class Batches:
             batch = [buffer[: len(index)] for buffer in self.full]
             self._gathers[key] = self._gather(columns, index, batch), batch
         gather, batch = self._gathers[key]
+        if self._index is not None:
+            self._index[: len(index)] = index
+            return batch
         gather(index)
         return batch
 

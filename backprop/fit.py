@@ -134,6 +134,8 @@ def fit(
         recompute, autotune,
         sparse_input=not input_noise and mostly_zeros(data.columns[0], batches.size),
     )  # fmt: skip
+    if not input_noise:
+        batches.gather_in(step)
     history, rows = History(), batches.rows
     training = Training(
         model, step, history, int(epochs), rows, ("loss", "lr", *names, "seconds"), seed

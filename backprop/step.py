@@ -124,6 +124,7 @@ class TrainStep:
             if isinstance(self.optimizer, Muon)
             else Update(self.optimizer, *given)
         )
+        self.before: Callable[[int], None] | None = None  # operators that make a batch, by its rows
         self._steps = 0
         self.rows = 0  # of the last batch
         self.loss: float | PendingLoss = nan  # of the last batch
@@ -390,6 +391,8 @@ class TrainStep:
             self._queue.expect(arrays)
 
         def step(*inputs: Array) -> None:
+            if self.before is not None:
+                self.before(len(arrays[0]))
             gradients(*inputs)
             if not self._apart:
                 self.update.operator(backend, self.gradients.value)
