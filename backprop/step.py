@@ -365,10 +365,13 @@ class TrainStep:
 
     def prepare(self, *arrays: Array) -> Callable[..., None]:
         """The captured program for arrays like these; compiles what it needs, trains nothing."""
+        captured = self._captured.get(_key(arrays))
+        if captured is not None:
+            return captured
         return self._room.attempt(lambda: self._program(*arrays), self._make_room)
 
     def _program(self, *arrays: Array) -> Callable[..., None]:
-        key = (len(arrays[0]), arrays[1].ndim, len(arrays))
+        key = _key(arrays)
         if key not in self._captured:
             self._captured[key] = self._capture(arrays)
         return self._captured[key]
@@ -402,6 +405,11 @@ class TrainStep:
         with self.model.memory.autotuned() if self.autotune else nullcontext():
             captured = backend.capture(operators, *arrays)
         return captured
+
+
+def _key(arrays: Sequence[Array]) -> tuple[int, ...]:
+    """Batches of one key run the same program."""
+    return len(arrays[0]), arrays[1].ndim, len(arrays)
 
 
 def _kinds(arrays: Iterable[Array]) -> list[tuple[Any, Any]]:

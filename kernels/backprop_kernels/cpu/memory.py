@@ -71,6 +71,21 @@ def atomic_load(typing_context: Any, words: Any, index: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Fetch the line at an address into the caches; one beyond memory does no harm."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, where = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, where, where, where])
+        function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        line = builder.inttoptr(arguments[0], byte)
+        builder.call(function, [line, *(ir.Constant(where, n) for n in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def pause(typing_context: Any) -> Any:
     """Tell the core that this is a spin loop."""
 
