@@ -271,7 +271,7 @@ MUTANTS = [
     cut("loss_gaussian_nll.cu", "dZ[⟨i * columns + j⟩] = g", losses),
     cut("loss_cross_entropy.cu", "loss_row(Z + ⟨i * columns⟩", classes),
     cut("cross_entropy.cuh", "aim.target[⟨i * columns + j⟩]", classes),
-    cut("mlp_step.cu", "X + ⟨row * Layer<0>::IN⟩", whole_network),
+    cut("mlp_step.cu", "X + ⟨first * Layer<0>::IN⟩", whole_network),
     cut("reduce.cuh", "double(x[⟨i⟩]) *", update),
     cut("limits.cu", "G[⟨i⟩] *=", limited),
     cut("limits.cu", "W + ⟨blockIdx.x * columns⟩", limited),
