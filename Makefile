@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 
 .PHONY: demo test test-long bench bench-step bench-phases bench-operators bench-regressions \
-	bench-start bench-stream clean
+	bench-start bench-predict bench-stream clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo
@@ -43,6 +43,9 @@ bench-regressions: $(VENV)/demo,bench
 
 bench-start: $(VENV)/demo,bench
 	$(RUN) benchmarks/bench_start.py $(ARGS)
+
+bench-predict: $(VENV)/demo,bench,torch
+	$(RUN) benchmarks/bench_predict.py $(ARGS)
 
 bench-stream: $(VENV)/demo,bench
 	$(RUN) benchmarks/bench_stream.py $(ARGS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property, partial
 from os import PathLike
@@ -30,13 +29,13 @@ from backprop.initializers import INITIALIZERS
 from backprop.layers import NORMS, Dropout, Layer, Linear, check_chain, mlp_layers
 from backprop.losses import as_numbers, refuse_non_finite
 from backprop.memory import HOST, contiguous, on_gpu
-from backprop.passes import Plan, Workspace
+from backprop.passes import Predictor
 from backprop.pieces import Room
 from backprop.precision import products
 
 DTYPES = ("float32", "float64")
 PREDICT_ROWS = 8192  # rows per pass of predict: activations stay in cache at common widths
-SMALL, KEPT = 256, 32  # rows up to which a captured pass is kept, and of how many batch sizes
+KEPT, KEPT_BYTES = 8, 2**24  # predictors to keep, of how many batch sizes and up to which size
 Result = TypeVar("Result")
 ARCHITECTURE = "fused-backprop"  # the metadata entry of a file that holds a model
 FORMAT = "fused-backprop 1"
@@ -86,8 +85,8 @@ class Sequential:
         }
         for name, statistic in self.statistics.items():
             self.memory.fill(statistic, 1.0 if name.endswith("var") else 0.0)
-        # By rows: captured passes that no call is using. A thread takes one, or makes its own.
-        self._ready: dict[int, list[Callable[[Array], Array]]] = {}
+        # By rows: predictors that no call is using. A thread takes one, or makes its own.
+        self._waiting: dict[int, list[Predictor]] = {}
         self._initialize(np.random.default_rng(seed))
 
     def _initialize(self, rng: np.random.Generator) -> None:
@@ -183,33 +182,23 @@ class Sequential:
         """
         rows = min(rows, max(len(columns[0]), 1))
         backend, room = products(self, precision, where), Room(where, rows)
-        workspace: Workspace | None = None
-        ways: dict[int, Callable[[Array], Array]] = {}
+
+        def predictor() -> Predictor:
+            return Predictor(
+                self.layers, self.parameters, self.statistics, backend, room.rows, self.memory
+            )
+
+        waiting = self._waiting.get(rows)
+        predict = waiting.pop() if waiting else predictor()
 
         def make_room() -> None:
-            nonlocal workspace
-            ways.clear()
-            workspace = None
-
-        def way(X: Array) -> Callable[[Array], Array]:
-            """X → Y of so many rows."""
-            nonlocal workspace
-            if not on_gpu(X) and len(X) <= SMALL:
-                with suppress(KeyError, IndexError):
-                    return self._ready[len(X)].pop()
-            if workspace is None:
-                workspace = Workspace(room.rows, self.dtype, self.memory)
-            given = self.layers, self.parameters, self.statistics, backend, workspace
-            return Plan(*given, len(X)).predictor(X)
+            nonlocal predict
+            predict = predictor()
 
         def outputs(part: list[Array], start: int) -> tuple[int, Result]:
             piece = [column[start : start + room.rows] for column in part]
-            batch = len(piece[0])
             with self.memory as memory:
-                X = memory.place(piece[0])
-                if batch not in ways:
-                    ways[batch] = way(X)
-                return batch, work(ways[batch](X), piece)
+                return len(piece[0]), work(predict(memory.place(piece[0])), piece)
 
         try:
             for part in parts(columns, rows):
@@ -219,14 +208,14 @@ class Sequential:
                     start += done
                     yield result
         finally:  # nobody reads Y any more
-            if len(ways) == 1 and rows <= SMALL and self.memory is HOST:
-                self._keep(*ways.items())
+            self._keep(predict)
 
-    def _keep(self, way: tuple[int, Callable[[Array], Array]]) -> None:
-        """Leave a captured pass to the next call: a service predicts few rows, again and again."""
-        if len(self._ready) > KEPT:
-            self._ready.clear()
-        self._ready.setdefault(way[0], []).append(way[1])
+    def _keep(self, predict: Predictor) -> None:
+        """Leave it to the next call, if small: a service predicts few rows, again and again."""
+        if self.memory is HOST and predict.workspace.nbytes <= KEPT_BYTES:
+            if len(self._waiting) >= KEPT:
+                self._waiting.clear()
+            self._waiting.setdefault(predict.workspace.batch, []).append(predict)
 
     def _encoded(self, X: Any) -> Any:
         """X of raw rows, where X is a table or a data frame; anything else as it is."""

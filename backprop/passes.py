@@ -23,6 +23,8 @@ from backprop.arena import Layout
 from backprop.layers import BatchNorm, Dropout, Layer, LayerNorm, Linear, RMSNorm
 from backprop.memory import HOST, Memory, on_gpu
 
+MOST_CAPTURED = 8  # numbers of rows that a predictor keeps captured
+
 
 class Workspace:
     """Named buffers with room for `batch` rows, shared by plans of up to that many rows."""
@@ -45,6 +47,11 @@ class Workspace:
         if key not in self._buffers:
             self._buffers[key] = self.memory.zeros(max(size, self.batch), key[1])
         return self._buffers[key][:size]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all buffers so far."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     @property
     def bytes(self) -> int:
@@ -306,23 +313,6 @@ class Plan:
             X = p.Y
         return X
 
-    def predictor(self, X: Array) -> Callable[[Array], Array]:
-        """`forward` for arrays like X, in host memory captured: one call into compiled code."""
-        if on_gpu(X):
-            return self.forward
-        Y = self.passes[-1].Y
-
-        def forward(X: Array) -> None:
-            self.forward(X)
-
-        program = self._backend.capture(forward, X)
-
-        def predict(X: Array) -> Array:
-            program(X)
-            return Y
-
-        return predict
-
     def backward(self, X: Array) -> None:
         """Every gradient, from the last pass's dZ and db that the loss left there.
 
@@ -358,6 +348,43 @@ class Plan:
 def _width(layer: Layer) -> int:
     """Of what it takes."""
     return layer.in_features if isinstance(layer, Linear) else getattr(layer, "features", 0)
+
+
+class Predictor:
+    """X → Y of up to `rows` rows, with the buffers for it: for one caller at a time.
+
+    Y is good until the next call. In host memory each number of rows is captured on its first use.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], parameters: Array, statistics: Mapping[str, Array],
+        backend: ModuleType, rows: int, memory: Memory,
+    ) -> None:  # fmt: skip
+        self.workspace = Workspace(rows, parameters.dtype, memory)
+        self._given = layers, parameters, statistics, backend, self.workspace
+        self._backend = backend
+        self._captured: dict[int, tuple[Callable[..., object], Array]] = {}
+
+    def __call__(self, X: Array) -> Array:
+        """The outputs of X (batch, in_features)."""
+        if len(X) not in self._captured:
+            if len(self._captured) == MOST_CAPTURED:
+                self._captured.clear()
+            self._captured[len(X)] = self._capture(X)
+        forward, Y = self._captured[len(X)]
+        forward(X)
+        return Y
+
+    def _capture(self, X: Array) -> tuple[Callable[..., object], Array]:
+        plan = Plan(*self._given, len(X))
+        Y = plan.passes[-1].Y
+        if on_gpu(X):
+            return plan.forward, Y
+
+        def forward(X: Array) -> None:
+            plan.forward(X)
+
+        return self._backend.capture(forward, X), Y
 
 
 def _input_pass(

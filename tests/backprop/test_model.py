@@ -14,6 +14,7 @@ from backprop_kernels.arrays import Array
 import backprop as bp
 from backprop.checkpoint import write_tensors
 from backprop.layers import Layer
+from backprop.model import KEPT
 
 rng = np.random.default_rng(0)
 
@@ -282,7 +283,7 @@ def test_threads_that_predict_few_rows_do_not_meet() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(check, range(4)))
-    assert sum(map(len, model._ready.values())) <= 5
+    assert sum(map(len, model._waiting.values())) <= 5
 
 
 def test_passes_kept_for_small_batches_are_few() -> None:
@@ -290,4 +291,4 @@ def test_passes_kept_for_small_batches_are_few() -> None:
     X = np.ones((400, 2), np.float32)
     for rows in range(1, 400):
         assert len(model.predict(X[:rows])) == rows
-    assert len(model._ready) <= 33
+    assert sum(map(len, model._waiting.values())) <= KEPT
