@@ -188,8 +188,10 @@ class Sequential:
                 self.layers, self.parameters, self.statistics, backend, room.rows, self.memory
             )
 
-        waiting = self._waiting.get(rows)
-        predict = waiting.pop() if waiting else predictor()
+        try:  # another thread may take the last one between a look and a grip
+            predict = self._waiting[rows].pop()
+        except (KeyError, IndexError):
+            predict = predictor()
 
         def make_room() -> None:
             nonlocal predict
