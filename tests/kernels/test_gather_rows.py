@@ -37,8 +37,9 @@ def test_bits_of_nan_and_denormals_survive(backend: ModuleType) -> None:
     np.testing.assert_array_equal(Y.view(np.uint32), bits[[1, 0, 1]])
 
 
-def test_indices_beyond_take_the_nearest_row(backend: ModuleType) -> None:
-    X = np.arange(4.0)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])  # rows of one word, and of more
+def test_indices_beyond_take_the_nearest_row(backend: ModuleType, dtype: str) -> None:
+    X = np.arange(4, dtype=dtype)
     index = np.array([-1, 4, 2**62, -(2**62), 2])
     np.testing.assert_array_equal(backend.gather_rows(X, index), [0, 3, 3, 0, 2])
 
