@@ -68,7 +68,7 @@ def epoch_of(model: bp.Sequential, data: Any, **options: Any) -> tuple[list[floa
     return history["loss"], model.parameters.tobytes()
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 10, 64, 1003, 5000])
+@pytest.mark.parametrize("batch_size", [1, pytest.param(7, marks=pytest.mark.long), 10, 1003, 5000])
 @pytest.mark.usefixtures("small_windows")
 def test_unshuffled_fit_has_the_bits_of_memory(device: str, batch_size: int) -> None:
     """Batches smaller than a block, larger than a window, larger than the data."""

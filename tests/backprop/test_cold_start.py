@@ -49,6 +49,11 @@ print(json.dumps([time.process_time() - started, "numba" in sys.modules]))
 """
 
 
+def also(*cases: Any) -> list[Any]:
+    """Cases for `make test-long`: each starts an interpreter that compiles for two seconds."""
+    return [pytest.param(case, marks=pytest.mark.long) for case in cases]
+
+
 def start(code: str, cache: Path, paths: list[Path] = PATHS, umask: int = 0o022) -> Any:
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -94,7 +99,7 @@ def test_eight_processes_start_cold_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
-@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+@pytest.mark.parametrize("umask", [0o000, *also(0o002, 0o077)])
 def test_the_folder_is_private_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     assert result(start(GATHER, tmp_path / "cache", umask=umask))["warnings"] == []
     top = tmp_path / "cache" / "fused-backprop"
@@ -110,7 +115,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-@pytest.mark.parametrize("damage", ["empty", "flipped bit", "another kernel", "a folder"])
+@pytest.mark.parametrize("damage", ["empty", "flipped bit", *also("another kernel", "a folder")])
 def test_damaged_code_is_compiled_again(compiled: Path, tmp_path: Path, damage: str) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(compiled, cache)
@@ -145,7 +150,9 @@ def test_an_edited_source_does_not_meet_old_code(compiled: Path, tmp_path: Path)
     assert len(objects(cache)) == 2 * len(objects(compiled))
 
 
-@pytest.mark.parametrize("place", ["others may write", "a link", "below a file", "not absolute"])
+@pytest.mark.parametrize(
+    "place", ["others may write", "below a file", *also("a link", "not absolute")]
+)
 def test_one_warning_where_nothing_private_can_be_written(tmp_path: Path, place: str) -> None:
     cache = tmp_path / "cache"
     if place == "others may write":

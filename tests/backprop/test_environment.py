@@ -115,7 +115,7 @@ def test_reference_serves_where_numba_does_not(tmp_path: Path, how: str) -> None
     ]
 
 
-@pytest.mark.parametrize("home", ["none", "a file"])
+@pytest.mark.parametrize("home", ["none", pytest.param("a file", marks=pytest.mark.long)])
 def test_trains_from_a_read_only_install_without_a_home(tmp_path: Path, home: str) -> None:
     copy = tmp_path / "site-packages"
     for package in (ROOT / "backprop", ROOT / "kernels" / "backprop_kernels"):

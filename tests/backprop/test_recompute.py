@@ -87,7 +87,7 @@ def test_the_bits_are_those_of_a_step_that_keeps_all(device: str, layers: Any) -
         assert trained(layers, device, recompute) == expected, recompute
 
 
-@pytest.mark.parametrize("layers", [plain, norms])
+@pytest.mark.parametrize("layers", [pytest.param(plain, marks=pytest.mark.long), norms])
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_the_bits_are_the_same_in_16_bits(precision: str, layers: Any) -> None:
     if reason := build.problem():

@@ -126,7 +126,7 @@ from backprop_kernels import cpu, reference
 from backprop_kernels.cpu.tile import SHAPES, host_shape
 assert host_shape() == SHAPES["+avx2"], host_shape()
 rng = np.random.default_rng(0)
-for dtype, bound in ((np.float32, 1e-5), (np.float64, 1e-13)):
+for dtype, bound in ((BOUNDS),):
     for batch, i, o in ((1, 1, 1), (5, 7, 9), (6, 16, 16), (67, 33, 41), (300, 130, 70)):
         def draw(*shape):
             return rng.integers(-4, 5, shape).astype(dtype)
@@ -151,11 +151,16 @@ print("right")
 """
 
 
+@pytest.mark.parametrize(
+    "bounds",
+    ["np.float32, 1e-5", pytest.param("np.float64, 1e-13", marks=pytest.mark.long)],
+    ids=["float32", "float64"],
+)
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or "+avx2" not in compile.cpu_features(),
     reason="this CPU has no AVX2",
 )
-def test_avx2_code_is_right() -> None:
+def test_avx2_code_is_right(bounds: str) -> None:
     environment = {
         **os.environ,
         "NUMBA_CPU_NAME": "haswell",
@@ -163,6 +168,10 @@ def test_avx2_code_is_right() -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     done = subprocess.run(
-        [sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", RUN.replace("BOUNDS", bounds)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.stdout == "right\n", done.stderr
