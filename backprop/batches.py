@@ -137,7 +137,8 @@ class Batches:
         self.size = min(batch_size, self.rows)
         self.shuffle = shuffle
         self.seed = seed
-        self._gathers: dict[tuple[int, int], tuple[Callable[..., None], list[Array]]] = {}
+        self._gathers: dict[tuple[int, int], Callable[..., None]] = {}
+        self._views: dict[int, list[Array]] = {}
         self._index: Array | None = None  # of the next batch, where a step gathers it
         streamed = [column for column in columns if isinstance(column, Rows)]
         self._stream = _Stream(self, streamed) if streamed else None
@@ -154,7 +155,7 @@ class Batches:
     def gather_in(self, step: TrainStep) -> None:
         """Let `step` begin with gathering its batch, where it can, and not be called twice for it.
 
-        Between two calls from Python lie 50 us, once a step has emptied the caches. The arrays of a
+        What Python touches between two calls a step has driven out of the caches. The arrays of a
         batch are then filled by the step.
         """
         if not self.shuffle or self._stream is not None or self.memory is not HOST:
@@ -162,8 +163,8 @@ class Batches:
         index = self._index = np.zeros(self.size, np.int64)
 
         def gather(rows: int) -> None:
-            for column, buffer in zip(cast(list[Array], self.columns), self.full, strict=True):
-                self.backend.gather_rows(column, index[:rows], out=buffer[:rows])
+            columns = cast(list[Array], self.columns)
+            self._gather_rows(columns, index[:rows], self._buffers(rows))
 
         step.before = gather
 
@@ -190,25 +191,29 @@ class Batches:
     def _rng(self, epoch: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch))
 
+    def _buffers(self, rows: int) -> list[Array]:
+        """Where a batch lies: the same arrays every time, which a program need not look at again."""
+        if rows not in self._views:
+            self._views[rows] = [buffer[:rows] for buffer in self.full]
+        return self._views[rows]
+
     def _gathered(self, columns: Sequence[Array], index: Array) -> list[Array]:
         """The rows `index` of `columns`, in buffers that every batch shares."""
-        key = len(index), id(columns)
-        if key not in self._gathers:
-            batch = [buffer[: len(index)] for buffer in self.full]
-            self._gathers[key] = self._gather(columns, index, batch), batch
-        gather, batch = self._gathers[key]
+        batch = self._buffers(len(index))
         if self._index is not None:
             self._index[: len(index)] = index
             return batch
-        gather(index)
+        key = len(index), id(columns)
+        if key not in self._gathers:
+            self._gathers[key] = self._gather(columns, index, batch)
+        self._gathers[key](index)
         return batch
 
     def _gather(
         self, columns: Sequence[Array], index: Array, batch: list[Array]
     ) -> Callable[..., None]:
         def by_kernel(index: Array) -> None:
-            for column, rows in zip(columns, batch, strict=True):
-                self.backend.gather_rows(column, index, out=rows)
+            self._gather_rows(columns, index, batch)
 
         def here(index: Array) -> None:  # data that the device has no room for
             for column, rows in zip(columns, batch, strict=True):
@@ -218,6 +223,11 @@ class Batches:
             return here
         program: Callable[..., None] = self.backend.capture(by_kernel, index)
         return program
+
+    def _gather_rows(self, columns: Sequence[Array], index: Array, batch: Sequence[Array]) -> None:
+        """The operators, to be captured."""
+        for column, rows in zip(columns, batch, strict=True):
+            self.backend.gather_rows(column, index, out=rows)
 
 
 class _Stream:
