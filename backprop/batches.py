@@ -192,7 +192,7 @@ class Batches:
         return np.random.default_rng((self.seed, epoch))
 
     def _buffers(self, rows: int) -> list[Array]:
-        """Where a batch lies: the same arrays every time, which a program need not look at again."""
+        """Where a batch lies: the same arrays every time, so that a program knows them."""
         if rows not in self._views:
             self._views[rows] = [buffer[:rows] for buffer in self.full]
         return self._views[rows]
