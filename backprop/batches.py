@@ -113,6 +113,10 @@ def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Re
             pending = following
         if pending is not None:
             yield pending.result()
+    finally:
+        # Not waited for. Where an error left this unfinished it is the garbage collector that comes
+        # here, at any moment, and to join a thread while another one is being started deadlocks.
+        reader.shutdown(wait=False, cancel_futures=True)
 
 
 class Batches:

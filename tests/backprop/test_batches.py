@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from backprop_kernels.arrays import Array
 
 import backprop as bp
 from backprop import batches
-from backprop.batches import Batches, Rows, is_streamed
+from backprop.batches import Batches, Rows, _ahead, is_streamed
 from backprop.memory import HOST
 from backprop.resume import SAMPLE_ROWS, digest
 
@@ -252,6 +254,24 @@ def test_memory_is_bounded() -> None:
         for rows in (100_000, 400_000)
     )  # fmt: skip
     assert many - few < 20e6, (few, many)
+
+
+def test_an_abandoned_stream_does_not_wait_for_its_reader() -> None:
+    """The garbage collector may be the one to end it, in the middle of anything."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    def read(part: int) -> int:
+        if part == 1:
+            reading.set()
+            go_on.wait(30)
+        return part
+
+    stream = _ahead(read, range(9))
+    assert next(stream) == 0 and reading.wait(30)
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 20
+    go_on.set()
 
 
 def test_data_is_known_by_rows_of_all_its_parts() -> None:
