@@ -17,11 +17,11 @@ test: $(VENV)/dev,demo
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	$(RUN) -m pytest -m "not long and not alone" -n logical --dist loadfile $(ARGS)
+	$(RUN) -m pytest -m "not long and not alone" -n logical --dist loadfile --max-worker-restart 1 $(ARGS)
 	$(RUN) -m pytest -m "alone and not long" $(ARGS)
 
 test-long: $(VENV)/dev,demo,torch
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -o faulthandler_timeout=3600 $(ARGS)
 
 bench: $(VENV)/demo,bench
 	$(RUN) benchmarks/bench_flights.py $(ARGS)
