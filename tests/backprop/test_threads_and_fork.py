@@ -104,6 +104,28 @@ def test_programs_of_two_threads_that_live_for_one_call() -> None:
     outside(BRIEF)
 
 
+def test_ctrl_c_while_a_worker_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is ordered yet, so no worker waits at a barrier that nobody else comes to."""
+    model = bp.MLP([64, 256, 256, 10])
+    many = rng.standard_normal((4096, 64)).astype(np.float32)  # worth waiting for a worker
+    expected = model.predict(many)
+    wake, woken = threads._Pool._wake, []
+
+    def interrupted(self: threads._Pool, count: int) -> None:
+        woken.append(count)
+        if len(woken) == 1:
+            raise KeyboardInterrupt
+        wake(self, count)
+
+    monkeypatch.setattr(threads._Pool, "_wake", interrupted)
+    time.sleep(0.1)  # it parks
+    if threads.get_num_threads() > 1:
+        with pytest.raises(KeyboardInterrupt):
+            model.predict(many)
+    assert np.array_equal(model.predict(many), expected)
+    assert len(woken) > 1 or threads.get_num_threads() == 1
+
+
 def outside(code: str, *arguments: str, folder: Path | None = None, **environment: str) -> str:
     """What `code` prints as a program of its own: as a file in `folder` if it must be imported."""
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

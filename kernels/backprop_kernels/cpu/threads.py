@@ -11,6 +11,7 @@ import _thread
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,11 @@ from backprop_kernels.errors import OptionError
 TABLE, SYNC, THREADS, RUN, MUST_WAKE, WORKERS = 0, 8, 16, 24, 32, 40
 ORDERED, TAKEN, STATE = 0, 1, 2
 AWAKE, PARKED = 0, 1
+FIRST, LATE = 1, 2  # in MUST_WAKE: before anything is ordered, or after it
 NO_MORE = 2**40  # in a ticket counter: no work is left; times the rows of a piece no overflow
+# A parked worker takes a millisecond to come. A program that one thread needs 2 ms for does not
+# wait: the worker comes for the next one.
+WAKE_FLOPS = 2e8
 WAIT_SPINS = 40_000  # ~2 ms: longer than the Python between two steps, shorter than is rude
 
 _lock = threading.Lock()
@@ -103,19 +108,23 @@ def get_num_threads() -> int:
     return _limit
 
 
-def run(runner: int, table: int, wanted: int) -> None:
+def run(runner: int, table: int, wanted: int, flops: int) -> None:
     """Run the program at `table` on up to `wanted` threads, this one among them."""
     global _pool
     count = min(wanted, get_num_threads())
     if count == 1 or not _lock.acquire(blocking=False):
-        call(runner)(_SCRATCH, _SCRATCH, table, 0, 0, 1, 0)  # alone it meets no barrier
-        return
+        return alone(runner, table)
     try:
         if _pool is None:
             _pool = _Pool(get_num_threads(), runner)
-        _pool.run(runner, table, count)
+        _pool.run(runner, table, count, flops)
     finally:
         _lock.release()
+
+
+def alone(runner: int, table: int) -> None:
+    """Run the program at `table` on this thread, which then meets no barrier."""
+    call(runner)(_SCRATCH, _SCRATCH, table, 0, 0, 1, 0)
 
 
 def run_aside(work: Callable[[], None], stop: Callable[[], None]) -> None:
@@ -181,23 +190,34 @@ class _Pool:
             self._parks[index].acquire()
             self._control[WORKERS + 8 * index + STATE] = AWAKE
 
-    def run(self, runner: int, table: int, count: int) -> None:
-        self._start(_SCRATCH, _SCRATCH, self._address, table, count, 0, 0)
-        if self._control[MUST_WAKE]:  # the program is ordered, but this thread has not begun it
-            for index in range(1, count):
-                if self._control[WORKERS + 8 * index + STATE] == PARKED:
-                    self._wake(index)
+    def run(self, runner: int, table: int, count: int, flops: int) -> None:
+        # Woken first, ordered then: an exception of a signal in between leaves no worker at a
+        # barrier that nobody else comes to.
+        while self._order(table, count) == FIRST:
+            self._wake(count)
+            if flops < WAKE_FLOPS:
+                return alone(runner, table)
+            time.sleep(1e-5)  # to come back they need the GIL
+        if self._control[MUST_WAKE] == LATE:  # one parked in the nanoseconds between look and order
+            self._wake(count)
             call(runner)(_SCRATCH, _SCRATCH, table, int(self._control[SYNC]), 0, count, 0)
 
-    def _wake(self, index: int) -> None:
-        with contextlib.suppress(RuntimeError):  # already released: it is on its way
-            self._parks[index].release()
+    def _order(self, table: int, count: int) -> int:
+        self._start(_SCRATCH, _SCRATCH, self._address, table, count, 0, 0)
+        return int(self._control[MUST_WAKE])
+
+    def _wake(self, count: int) -> None:
+        for index in range(1, count):
+            if self._control[WORKERS + 8 * index + STATE] == PARKED:
+                with contextlib.suppress(RuntimeError):  # already released: it is on its way
+                    self._parks[index].release()
 
     def close(self) -> None:
         """Let the workers end once they are parked."""
         self._closed = True
-        for index in range(1, len(self._parks)):
-            self._wake(index)
+        for park in self._parks[1:]:
+            with contextlib.suppress(RuntimeError):
+                park.release()
 
 
 def _after_fork() -> None:
@@ -208,17 +228,21 @@ def _after_fork() -> None:
 
 
 def _starter() -> Callable[..., None]:
-    """Order a program and run this thread's part, unless a worker must be woken first."""
+    """Order a program and run this thread's part, unless a worker must be woken."""
     from backprop_kernels.cpu.memory import atomic_add, atomic_load, call_kernel
 
     def start(control, table, threads):
+        for index in range(1, threads):
+            if atomic_load(control, WORKERS + 8 * index + STATE) == PARKED:
+                control[MUST_WAKE] = FIRST
+                return
         control[TABLE] = table
         control[THREADS] = threads
         must_wake = 0
         for index in range(1, threads):
             atomic_add(control, WORKERS + 8 * index + ORDERED, 1)
             if atomic_load(control, WORKERS + 8 * index + STATE) == PARKED:
-                must_wake = 1
+                must_wake = LATE
         control[MUST_WAKE] = must_wake
         if must_wake == 0:
             call_kernel(control[RUN], table, control[SYNC], 0, threads)
