@@ -88,6 +88,28 @@ def test_first_fit_of_an_install_and_of_a_process(tmp_path: Path) -> None:
     assert not any(numba for _, numba in later)  # they load what the first compiled
 
 
+EVERY_KERNEL = """
+import json, sys
+import numpy as np
+import backprop as bp
+rng = np.random.default_rng(0)
+X, y = np.eye(20, dtype=np.float32)[rng.integers(0, 20, 256)], rng.integers(0, 2, 256)
+for norm in (None, "batch", "layer"):  # of X the zeros are skipped, and its noise is dense
+    for noise in (0.0, 0.1):
+        model = bp.MLP([20, 16, 2], "gelu", dropout=0.1, norm=norm)
+        bp.fit(model, X, y, "cross_entropy", batch_size=128, input_noise=noise, progress=False)
+        model.predict(X)
+print(json.dumps("numba" in sys.modules))
+"""
+
+
+def test_no_kernel_needs_numba_where_it_is_compiled() -> None:
+    """In the cache that all tests share, so that little of it is left to be compiled here."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    result(start(EVERY_KERNEL, cache))
+    assert not result(start(EVERY_KERNEL, cache))
+
+
 def test_eight_processes_start_cold_at_once(tmp_path: Path) -> None:
     right = {"right": True, "numba": True, "warnings": []}
     facts = [result(p) for p in [start(GATHER, tmp_path) for _ in range(8)]]

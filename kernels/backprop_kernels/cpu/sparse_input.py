@@ -23,11 +23,13 @@ from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.epilogue import LEAF_ROWS, forward_epilogue
 from backprop_kernels.cpu.program import Arguments, Kernel, scratch, shared, submit
+from backprop_kernels.cpu.tile import host_shape
 
 PAIRS = 36  # of rows per piece of work: twice that is a multiple of LEAF_ROWS
 # A batch of more is summed in two halves, so that two threads each read the rows they wrote. Fixed
 # by shape, whatever the threads.
 SPLIT_PAIRS = 256
+PANEL_REGISTERS = 4  # 4 x 16 floats x 155 columns of X are 40 KB: most of an L1
 LISTED = 20  # flops: what it costs to look at one element of X, roughly
 EXPECTED = 5  # one in so many elements of X counts as work
 
@@ -97,10 +99,13 @@ def _pairs(X: Array) -> int:
     return -(-len(X) // 2)
 
 
-def _panels(copies: int, X: Array, out: int) -> Array:
-    from backprop_kernels.cpu.sparse_pair import panel_width
+def _panel_width(dtype: str) -> int:
+    """Elements in a row of a panel."""
+    return PANEL_REGISTERS * host_shape().lanes(dtype)
 
-    width = panel_width(str(X.dtype))
+
+def _panels(copies: int, X: Array, out: int) -> Array:
+    width = _panel_width(str(X.dtype))
     return scratch((copies, -(-out // width), X.shape[1], width), X.dtype)
 
 
@@ -152,9 +157,9 @@ def _forward(dtype: str) -> Callable[..., None]:
 
     from backprop_kernels.cpu.memory import barrier, call_epilogue, int64s, take
     from backprop_kernels.cpu.product import make_pack
-    from backprop_kernels.cpu.sparse_pair import make_multiply_pair, panel_width
+    from backprop_kernels.cpu.sparse_pair import make_multiply_pair
 
-    size, width = getattr(types, dtype).bitwidth // 8, panel_width(dtype)
+    size, width = getattr(types, dtype).bitwidth // 8, _panel_width(dtype)
     pack, multiply_pair = make_pack(dtype, width), make_multiply_pair(dtype)
 
     def kernel(args, sync, thread, threads):
@@ -202,12 +207,12 @@ def _wgrad(dtype: str) -> Callable[..., None]:
     from numba import types
 
     from backprop_kernels.cpu.memory import barrier, int64s, pointer, take
-    from backprop_kernels.cpu.sparse_pair import make_add_pair, panel_width
-    from backprop_kernels.cpu.tile import host_shape, make_transpose
+    from backprop_kernels.cpu.sparse_pair import make_add_pair
+    from backprop_kernels.cpu.tile import make_transpose
     from backprop_kernels.cpu.vector_loop import vector_loop
 
     kind, shape = getattr(types, dtype), host_shape()
-    size, width, lanes = kind.bitwidth // 8, panel_width(dtype), shape.lanes(dtype)
+    size, width, lanes = kind.bitwidth // 8, _panel_width(dtype), shape.lanes(dtype)
     floats, zero = pointer(kind), kind(0)
     add_pair, add = make_add_pair(dtype), vector_loop(lambda x, y: (x + y,), dtype, 2)
     transpose = make_transpose(dtype, lanes, shape.vector_bytes)

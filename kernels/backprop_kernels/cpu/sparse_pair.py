@@ -12,17 +12,11 @@ from numba import types
 from numba.core.cgutils import alloca_once, for_range, get_or_insert_function
 from numba.extending import intrinsic
 
-from backprop_kernels.cpu.tile import host_shape
+from backprop_kernels.cpu.sparse_input import PANEL_REGISTERS
 from backprop_kernels.cpu.vector_loop import Vectors
 
 CHUNK = 64  # elements of X that are looked at together
-PANEL_REGISTERS = 4  # 4 x 16 floats x 155 columns of X are 40 KB: most of an L1
 WORD = ir.IntType(64)
-
-
-def panel_width(dtype: str) -> int:
-    """Elements in a row of a panel."""
-    return PANEL_REGISTERS * host_shape().lanes(dtype)
 
 
 def make_nonzero_bits(dtype: str) -> Any:
