@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -105,7 +106,8 @@ def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Re
     from concurrent.futures import Future, ThreadPoolExecutor
 
     pending: Future[Result] | None = None
-    with ThreadPoolExecutor(1, "backprop-reader") as reader:
+    reader = ThreadPoolExecutor(1, "backprop-reader")
+    try:
         for item in items:
             following = reader.submit(work, item)
             if pending is not None:
@@ -143,7 +145,7 @@ class Batches:
         self.seed = seed
         self._gathers: dict[tuple[int, int], Callable[..., None]] = {}
         self._views: dict[int, list[Array]] = {}
-        self._index: Array | None = None  # of the next batch, where a step gathers it
+        self._index: Array | None = None  # of the next batches, a row each, where steps gather them
         streamed = [column for column in columns if isinstance(column, Rows)]
         self._stream = _Stream(self, streamed) if streamed else None
         # Data that lies on the device stays there, and what belongs to it goes there.
@@ -164,13 +166,13 @@ class Batches:
         """
         if not self.shuffle or self._stream is not None or self.memory is not HOST:
             return
-        index = self._index = np.zeros(self.size, np.int64)
+        index = self._index = np.zeros((step.TURNS, self.size), np.int64)
 
         def gather(rows: int) -> None:
             columns = cast(list[Array], self.columns)
-            self._gather_rows(columns, index[:rows], self._buffers(rows))
+            self._gather_rows(columns, index[0, :rows], self._buffers(rows))
 
-        step.before = gather
+        step.before, step.before_reads = gather, (index,)
 
     def epoch(self, epoch: int) -> Iterator[Sequence[Array]]:
         """The batches of epoch `epoch` (from 0); each is good until the next. The last is short."""
@@ -181,9 +183,7 @@ class Batches:
         if self._stream is not None:
             windows = self._stream.windows(self._rng(epoch))
         else:
-            rows = np.arange(self.rows)
-            order = self._rng(epoch).permutation(self.rows) if self.shuffle else rows
-            windows = iter([(cast(list[Array], self.columns), order)])
+            windows = iter([(cast(list[Array], self.columns), self._order(epoch))])
         for window, order in windows:
             for start in range(0, len(order), self.size):
                 index = order[start : start + self.size]
@@ -191,6 +191,32 @@ class Batches:
                     yield self._gathered(window, index)
                 else:
                     yield [column[index[0] : index[-1] + 1] for column in window]
+
+    def several(
+        self, epoch: int, first: int = 0, together: int = 1
+    ) -> Iterator[tuple[int, Sequence[Array]]]:
+        """(batches, arrays) from batch `first` of epoch `epoch` on.
+
+        Up to `together` full batches are gathered by one call of a step; see `gather_in`.
+        """
+        if self._index is None or together == 1:
+            for batch in islice(self.epoch(epoch), first, None):
+                yield 1, batch
+            return
+        order = self._order(epoch)[first * self.size :]
+        full = len(order) // self.size
+        batches = order[: full * self.size].reshape(full, self.size)
+        for start in range(0, full, together):
+            index = batches[start : start + together]
+            self._index[: len(index)] = index
+            yield len(index), self._buffers(self.size)
+        if rest := len(order) % self.size:
+            yield 1, self._gathered(cast(list[Array], self.columns), order[-rest:])
+
+    def _order(self, epoch: int) -> Array:
+        if not self.shuffle:
+            return np.arange(self.rows)
+        return self._rng(epoch).permutation(self.rows)
 
     def _rng(self, epoch: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch))
@@ -205,7 +231,7 @@ class Batches:
         """The rows `index` of `columns`, in buffers that every batch shares."""
         batch = self._buffers(len(index))
         if self._index is not None:
-            self._index[: len(index)] = index
+            self._index[0, : len(index)] = index
             return batch
         key = len(index), id(columns)
         if key not in self._gathers:

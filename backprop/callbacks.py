@@ -7,7 +7,7 @@ an interruption it gives and takes as plain data: numbers, text, arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -48,6 +48,14 @@ class Training:
     @total.setter
     def total(self, value: float) -> None:
         self.losses = LossSum(value)
+
+    def count(self, rows: int, losses: Sequence[float | PendingLoss]) -> None:
+        """Batches of so many rows were trained on, with these losses."""
+        for loss in losses:
+            self.losses = self.losses.plus(rows, loss)
+        self.loss = losses[-1]
+        self.batch += len(losses)
+        self.done += rows * len(losses)
 
     @property
     def position(self) -> float:
@@ -118,6 +126,9 @@ class Callbacks:
             ]
             for event in self.EVENTS
         }
+
+    def __contains__(self, event: str) -> bool:
+        return bool(self._methods[event])
 
     def tell(self, event: str) -> None:
         """Call the methods of this name."""

@@ -148,18 +148,19 @@ def fit(
     run.resume(resume)
     watching = Callbacks(present, training)
     watching.tell("fit_begin")
-    step.prepare(*batches.full)  # compiling is no part of the rate, nor of the first epoch's time
+    # Compiling is no part of the rate, nor of the first epoch's time.
+    together = step.together(*batches.full)
+    if input_noise or "step_begin" in watching or "step_end" in watching:
+        together = 1  # Python is wanted before or after every step
     report = Progress(training.epochs, rows, progress, before=training.epoch * rows + training.done)
     val_loss: float | None = None
     try:
         with run:
             while training.epoch < training.epochs and not training.stop:
                 started = time.perf_counter()
-                for number, (inputs, *targets) in run.batches():
+                for number, count, (inputs, *targets) in run.batches(together):
                     watching.tell("step_begin")
-                    training.loss = run.step(noise(inputs, number), *targets)
-                    training.done += len(inputs)
-                    training.losses = training.losses.plus(len(inputs), training.loss)
+                    training.count(len(inputs), run.steps(count, noise(inputs, number), *targets))
                     watching.tell("step_end")
                     if report.due():
                         loss_so_far = training.total / training.done

@@ -32,7 +32,7 @@ class Gradients:
     def __init__(
         self, model: Sequential, loss: Loss, batch_size: int, seed: int,
         frozen: Collection[str] = (), backend: Any = None, recompute: int = 1,
-        sparse_input: bool = False,
+        sparse_input: bool = False, turns: int = 1,
     ) -> None:  # fmt: skip
         self.model = model
         self._backend = backend  # where it is not the model's own
@@ -43,9 +43,12 @@ class Gradients:
         self.flat = memory.zeros(model.layout.size, model.dtype)
         self.views = model.layout.views(self.flat)
         self.seed = seed
-        self.stream = np.array([seed, 0], np.int64)  # of dropout: seed, step
+        # What changes from step to step has a row for each of those that one call makes.
+        self.streams = np.array([[seed, 0]] * turns, np.int64)  # of dropout: seed, step
+        self.stream = self.streams[0]
         self.placed = memory.place(self.stream)  # what the operators read
-        self.value = memory.zeros((), np.dtype(np.float64))
+        self.values = memory.zeros(turns, np.dtype(np.float64))
+        self.value = self.values[:1].reshape(())
         self.workspace = Workspace(batch_size, model.dtype, memory)
         self.frozen = frozenset(frozen)
         self.recompute = recompute
@@ -100,9 +103,9 @@ class Gradients:
         self.stream[0] = self.seed + (piece << 32)
         self.memory.fill(self.placed, self.stream)
 
-    def set_step(self, step: int) -> None:
-        """Let dropout draw the masks of this step."""
-        self.stream[1] = step
+    def set_step(self, step: int, steps: int = 1) -> None:
+        """Let dropout draw the masks of this step, and of the `steps` − 1 after it."""
+        self.streams[:steps, 1] = step if steps == 1 else range(step, step + steps)
         self.memory.fill(self.placed, self.stream)
 
     def inputs(self, X: Any, y: Any, sample_weight: Any, where: str, finite: bool) -> list[Array]:

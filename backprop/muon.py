@@ -123,7 +123,7 @@ class MuonUpdate(Update):
         self._matrices = [(views[name], averages[name]) for name in chosen]
         self._following: list[Array] = []  # the averages, once this step is applied
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int, steps: int = 1) -> None:
         super().prepare(step)
         if self.rest is not None:
             self.rest.lr_factor = self.lr_factor

@@ -64,6 +64,8 @@ class LossSum:
         self._value, self._later = value, later
 
     def plus(self, rows: int, loss: float | PendingLoss) -> LossSum:
+        if not self._later and isinstance(loss, float):
+            return LossSum(self._value + rows * loss)
         value, later = self._value, deque([*self._later, (rows, loss)])
         while later and not (isinstance(later[0][1], PendingLoss) and later[0][1].value is None):
             rows, known = later.popleft()

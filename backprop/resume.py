@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -153,32 +152,34 @@ class Run:
         if self.interrupts.received == signal.SIGTERM:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def step(self, *arrays: Array) -> float | PendingLoss:
-        """Train on one batch. One that was applied before a signal broke it off counts."""
+    def steps(self, batches: int, *arrays: Array) -> Sequence[float | PendingLoss]:
+        """Train on so many batches → their losses. Those applied before a signal count."""
         step = self.training.step
         steps = step.steps
         try:
-            return step.run(*arrays)
+            return [step.run(*arrays)] if batches == 1 else step.run_several(batches, *arrays)
         except KeyboardInterrupt:
             if not self.interrupted or step.steps == steps:
                 raise
-            return step.loss
+            return [step.loss] if batches == 1 else step.losses
 
     def _breakable(self) -> bool:
         return self.training.step.running or self.training.validating
 
-    def batches(self) -> Iterator[tuple[int, Sequence[Array]]]:
-        """(number in the fit, batch) of what is left of the epoch.
+    def batches(self, together: int) -> Iterator[tuple[int, int, Sequence[Array]]]:
+        """(number in the fit, batches, arrays) of what is left of the epoch.
 
-        The caller has trained on a batch when it asks for another.
+        Up to `together` batches are trained on by one call. The caller has counted those it did
+        in `training` when it asks for more.
         """
         training, source = self.training, self.source
         first = training.epoch * -(-source.rows // source.size)
-        for batch in islice(source.epoch(training.epoch), training.batch, None):
+        if self.checkpoint is not None and self.checkpoint.steps is not None:
+            together = 1
+        for count, batch in source.several(training.epoch, training.batch, together):
             if self.interrupted:
                 return
-            yield first + training.batch, batch
-            training.batch += 1
+            yield first + training.batch, count, batch
             self._save_if_due()
 
     def end_epoch(self) -> None:

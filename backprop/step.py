@@ -78,6 +78,8 @@ class TrainStep:
     If not, that batch alone is undone.
     """
 
+    TURNS = 64  # steps that one call makes, at most
+
     def __init__(
         self,
         model: Sequential,
@@ -112,6 +114,7 @@ class TrainStep:
         self.gradients = Gradients(
             model, resolve_loss(loss), batch_size, seed, model.frozen,
             None if backend is model.backend else backend, int(recompute), bool(sparse_input),
+            turns=self.TURNS,
         )  # fmt: skip
         scaled = PRECISIONS[precision or str(model.dtype)].loss_scaling
         self.loss_scale = LossScale(backend) if scaled else None
@@ -122,12 +125,17 @@ class TrainStep:
         self.update: Update = (
             MuonUpdate(self.optimizer, *given)
             if isinstance(self.optimizer, Muon)
-            else Update(self.optimizer, *given)
+            else Update(self.optimizer, *given, turns=self.TURNS)
         )
-        self.before: Callable[[int], None] | None = None  # operators that make a batch, by its rows
+        # Operators that make a batch, by its rows, and what they read the first row of. A call that
+        # makes several steps reads another row for each.
+        self.before: Callable[[int], None] | None = None
+        self.before_reads: tuple[Array, ...] = ()
+        self._turns: Any = None
         self._steps = 0
         self.rows = 0  # of the last batch
         self.loss: float | PendingLoss = nan  # of the last batch
+        self.losses: list[float] = []  # of the last `run_several`
         self.running = False  # whether a signal's exception would be answered as `run` says
         self.accumulate = int(accumulate)
         self._sum = Accumulated()
@@ -200,6 +208,53 @@ class TrainStep:
             raise
         self._expect_applied(arrays)
         return value
+
+    def together(self, *arrays: Array) -> int:
+        """How many steps on batches like these one call of `run_several` can make.
+
+        More than one where compiled code makes all of a step, its batch (`before`) included.
+        """
+        ordinary = self.accumulate == 1 and self.update.whole and not self._apart
+        unattended = self._queue is None and self.loss_scale is None and not self._statistics
+        make = getattr(self.prepare(*arrays), "turns", None)
+        if self.before is None or make is None or not (ordinary and unattended):
+            return 1
+        columns = (*self.before_reads, self.update.tables, self.gradients.streams)
+        self._turns = make(columns, (self.gradients.values, self.update.norms))
+        return int(self._turns.most)
+
+    def run_several(self, steps: int, *arrays: Array) -> list[float]:
+        """`steps` times `run`, by one call: 1 … `together` of them → their losses.
+
+        Where one is refused, those before it are applied and those after it not begun. After an
+        exception `losses` has those of the steps that were applied.
+        """
+        self.rows = len(arrays[0])
+        self.update.prepare(self.steps + 1, steps)
+        self.gradients.set_step(self.steps, steps)
+        self.update.norms[:steps] = nan  # until the optimizer has run
+        try:
+            self.running = True
+            self._turns(steps, *arrays)
+            self.running = False
+        except BaseException:  # Ctrl-C, before they began or after they ended
+            self.running = False
+            self._count_several(steps)
+            raise
+        if self._count_several(steps) < steps:
+            raise self._refused(self.steps + 1, arrays, float(self.loss), float(self.norm))
+        return self.losses
+
+    def _count_several(self, steps: int) -> int:
+        """Note what became of them → how many were applied."""
+        values, norms = self.gradients.values, self.update.norms
+        fine = np.isfinite(values[:steps]) & np.isfinite(norms[:steps])
+        applied = steps if fine.all() else int(fine.argmin())
+        last = min(applied, steps - 1)
+        self._steps += applied
+        self.losses = [float(value) for value in values[:applied]]
+        self.loss, values[0], norms[0] = float(values[last]), values[last], norms[last]
+        return applied
 
     def flush(self) -> bool:
         """Make a step of the batches accumulated so far; False where there are none."""

@@ -94,6 +94,7 @@ class Update:
         clip_norm: float | None = None,
         frozen: Collection[str] = (),
         memory: Memory = HOST,
+        turns: int = 1,
     ) -> None:
         self.optimizer = optimizer
         self.parameters, self.gradient = parameters, gradient
@@ -101,7 +102,9 @@ class Update:
         self.memory = memory
         self.state = {name: memory.zeros(layout.size, parameters.dtype) for name in rule.state}
         self._moments = tuple(self.state.values())
-        self.norm = memory.zeros((), np.dtype(np.float64))
+        # What changes from step to step has a row for each of those that one call makes.
+        self.norms = memory.zeros(turns, np.dtype(np.float64))
+        self.norm = self.norms[:1].reshape(())
         self.lr_factor = 1.0  # of a schedule
         trained = {n: t for n, t in treatments(optimizer, layout).items() if n not in frozen}
         if not trained:
@@ -116,11 +119,13 @@ class Update:
         if not ordinary or limit is not None or len(trained) < len(layout.shapes):
             self.spans = _spans(layout, {n: self._row(t) for n, t in trained.items()})
         own = len(optimizer.scalars(1))
-        self.scalars = np.zeros(1 + own if self.spans is None else (len(self._rows), PREFIX + own))
-        self.scalars[..., 0] = np.inf if clip_norm is None else clip_norm
+        shape = (1 + own,) if self.spans is None else (len(self._rows), PREFIX + own)
+        self.tables = np.zeros((turns, *shape))
+        self.scalars = self.tables[0]
+        self.tables[..., 0] = np.inf if clip_norm is None else clip_norm
         if self.spans is not None:
-            self.scalars[:, 1] = np.inf if limit is None else limit
-            self.scalars[:, 2:PREFIX] = [(t.l1, t.l2) for t in self._rows]
+            self.tables[..., 1] = np.inf if limit is None else limit
+            self.tables[..., 2:PREFIX] = [(t.l1, t.l2) for t in self._rows]
         self._placed = memory.place(self.scalars)  # what the operator reads
         self._limits = [
             (layout.views(parameters)[name], t.max_norm)
@@ -138,6 +143,11 @@ class Update:
     def fused(self) -> bool:
         """Whether gradients and update can be captured as one program."""
         return not self._clipped
+
+    @property
+    def whole(self) -> bool:
+        """Whether the operator is all of it."""
+        return not self._clipped and not self._limits
 
     def _row(self, treatment: Treatment) -> int:
         return self._rows.index(replace(treatment, max_norm=None))
@@ -168,11 +178,13 @@ class Update:
         """The learning rate of the next step: the optimizer's, by the factor of a schedule."""
         return self.optimizer.lr * self.lr_factor
 
-    def prepare(self, step: int) -> None:
-        """Set the scalars of step `step` (from 1)."""
-        rows = self.scalars.reshape(-1, self.scalars.shape[-1])
-        for row, (scale, options) in zip(rows, self.treated, strict=True):
-            row[self.first :] = self.optimizer.scalars(step, **{**options, "lr": self.lr * scale})
+    def prepare(self, step: int, steps: int = 1) -> None:
+        """Set the scalars of step `step` (from 1) and the `steps` − 1 after it."""
+        treated = [({**o, "lr": self.lr * scale}) for scale, o in self.treated]
+        for i in range(steps):
+            rows = self.tables[i].reshape(len(treated), -1)
+            for row, options in zip(rows, treated, strict=True):
+                row[self.first :] = self.optimizer.scalars(step + i, **options)
         self.memory.fill(self._placed, self.scalars)
 
     @property

@@ -136,6 +136,52 @@ def test_no_bit_depends_on_the_number_of_threads(dtype: np.dtype) -> None:
     assert all(result == results[0] for result in results)
 
 
+def rows(*arrays: Array) -> list[Array]:
+    """Each with four rows like it below one another."""
+    return [np.stack([a] * 4) for a in arrays]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bad", [None, 0, 2, 3])
+def test_turns_are_replays_with_the_next_rows(
+    dtype: np.dtype, threads: int, bad: int | None
+) -> None:
+    """A loss that is not finite makes its turn the last; the next call begins with row 0 again."""
+    from backprop_kernels import cpu
+    from backprop_kernels.cpu.threads import get_num_threads, set_num_threads
+
+    before = get_num_threads()
+    set_num_threads(threads)
+    try:
+        one, many = Network(cpu, dtype, 1000), Network(cpu, dtype, 1000)
+        replay = cpu.capture(one.step, one.X, one.ids)
+        columns = streams, tables = rows(many.stream, many.scalars)
+        results = values, norms = rows(many.value, many.norm)
+        many.stream, many.scalars = streams[0], tables[0]
+        many.value, many.norm = values[:1].reshape(()), norms[:1].reshape(())
+        turns = cpu.capture(many.step, many.X, many.ids).turns(columns, results)
+        for call, first in enumerate((0, 4)):
+            streams[:, 1] = np.arange(first, first + 4)
+            tables[:, 0] = np.arange(4) + 0.5
+            for turn in range(4):
+                one.stream[1], one.scalars[0] = streams[turn, 1], tables[turn, 0]
+                if bad == turn and call == 0:
+                    one.scalars[1], tables[turn, 1] = np.nan, np.nan  # W1, so the next loss
+                replay(one.X, one.ids)
+                if not (np.isfinite(one.value) and np.isfinite(one.norm)):
+                    break
+            assert turns(4, many.X, many.ids) == turn + 1
+            many.value[...], many.norm[...] = values[turn], norms[turn]
+            assert many.bits() == one.bits()
+            one.scalars[1] = tables[:, 1] = 1e-3
+            one.W1[...] = many.W1[...] = np.eye(33, 9)
+            for network in (one, many):
+                for moment in network.state:
+                    moment[...] = 0
+    finally:
+        set_num_threads(before)
+
+
 def test_two_programs_do_not_mix(backend: ModuleType, dtype: np.dtype) -> None:
     networks = Network(backend, dtype, 5), Network(backend, dtype, 70)
     programs = [backend.capture(n.step, n.X, n.ids) for n in networks]

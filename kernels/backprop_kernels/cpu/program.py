@@ -2,7 +2,7 @@
 
 A kernel is `kernel(args, sync, thread, threads)`: every thread enters it, takes work in turn and
 leaves; the runner puts a barrier after it. Called alone an operator is a program of one kernel;
-`capture` collects a whole training step.
+`capture` collects a whole training step, and `Turns` runs several of them by one call.
 
 Python answers signals only between calls into compiled code. A long program therefore runs on
 another thread, and a signal that raises (Ctrl-C) stops it: work not yet taken is left, kernels not
@@ -16,7 +16,7 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,8 +33,12 @@ from backprop_kernels.errors import KindError
 FLOPS_PER_THREAD = 1_000_000
 LONG = 5e9  # flops: 20 ms of a fast CPU, a second of a very slow one
 PATIENCE = 0.2  # seconds: what ran in less is not long; another thread costs ~0.2 ms
-# Of a program's table: kernels to run, whether to stop, where to note nanoseconds, the kernels.
-COUNT, STOP, TIMES, HALT, ENTRIES = 0, 1, 2, 3, 4
+AT_ONCE = 3e9  # flops of one call's turns, at most: a signal is answered after them
+# Of a program's table: kernels to run, whether to stop, where to note nanoseconds, after which
+# kernel to halt; turns to run, those that were run, (word, stride) of what moves in between, the
+# numbers that must be finite; then the kernels.
+COUNT, STOP, TIMES, HALT, TURNS, DONE, MOVES, MOVING, RESULTS, ENDING, ENTRIES = range(11)
+ENDED = -1  # in HALT: after a turn
 _recording = threading.local()
 
 
@@ -89,7 +93,8 @@ class Program:
     def seal(self) -> Program:
         """Fix the list; returns the program."""
         kernels = self.kernels
-        words = [len(kernels), 0, 0, 0]
+        words = [0] * ENTRIES
+        words[COUNT], words[TURNS] = len(kernels), 1
         for kernel in kernels:
             tickets = kernel.counters()
             words += [kernel.entry, word(kernel.arguments), word(tickets), len(tickets)]
@@ -151,6 +156,10 @@ class Program:
             self._table[TIMES] = 0
         return times
 
+    def turns(self, columns: Sequence[Array], results: Sequence[Array]) -> Turns:
+        """Itself, to be run several times by one call."""
+        return Turns(self, columns, results)
+
     def _stop(self) -> None:
         """Let no thread begin another kernel, nor take another piece of the one it is in."""
         self._table[STOP] = 1
@@ -159,6 +168,61 @@ class Program:
     def _set_tickets(self, value: int) -> None:
         for tickets in self._stoppable:
             tickets[:] = value
+
+
+class Turns:
+    """`turns(4)` runs a program four times by one call, each time on the next row of some arrays.
+
+    columns: arrays (turns, …); the program was captured with parts of their first rows, and turn i
+        reads and writes the same parts of row i.
+    results: such arrays (turns,) of float64. A turn that leaves a number there that is not finite
+        is the last.
+    """
+
+    def __init__(
+        self, program: Program, columns: Sequence[Array], results: Sequence[Array]
+    ) -> None:
+        self._program = program
+        kept = [kernel.arguments for kernel in program.kernels]
+        moves = {
+            where: array.strides[0]
+            for array in (*columns, *results)
+            for where in _reading(kept, array)
+        }
+        self._moves = np.array(list(moves.items()), np.int64).reshape(-1, 2)
+        self._results = np.array([word(array) for array in results], np.int64)
+        self._kept_alive = columns, results
+        rows = min(len(array) for array in (*columns, *results))
+        self.most = int(max(1, min(rows, AT_ONCE // max(program._flops, 1))))
+
+    def __call__(self, turns: int, *inputs: Array) -> int:
+        """Run up to `turns` times, `most` at most → how often that was."""
+        table = self._program._table
+        table[MOVES : ENDING + 1] = (
+            word(self._moves),
+            len(self._moves),
+            word(self._results),
+            len(self._results),
+        )
+        try:
+            table[TURNS] = turns
+            self._program(*inputs)
+        finally:
+            table[TURNS] = 1
+            table[HALT] = table[MOVING] = table[ENDING] = 0
+        return int(table[DONE])
+
+
+def _reading(every: Iterable[Any], array: Array) -> Iterator[int]:
+    """The addresses of the words, among arguments, that lie in the first row of `array`."""
+    start, stride = word(array), array.strides[0]
+    for arguments in every:
+        if not isinstance(arguments, Arguments):
+            continue
+        yield from _reading(arguments.values, array)
+        for i, value in enumerate(arguments.values):
+            if isinstance(value, np.ndarray) and start <= word(value) < start + stride:
+                yield word(arguments) + 8 * i
 
 
 def shared(array: Array, make: Callable[[], Any]) -> Any:
@@ -228,29 +292,62 @@ def check_compiler() -> None:
 
 
 def _runner() -> Callable[..., None]:
-    from backprop_kernels.cpu.memory import atomic_load, barrier, call_kernel, clock, int64s
+    import numba
+
+    from backprop_kernels.cpu.memory import (
+        atomic_load,
+        barrier,
+        call_kernel,
+        clock,
+        float64s,
+        int64s,
+    )
+
+    @numba.njit(error_model="numpy", _nrt=False)
+    def end_turn(table, turn, turns):
+        """Move on to the next row, or after the last turn back to the first; true if this is it."""
+        last = turn + 1 == turns
+        for i in range(table[ENDING]):
+            if not np.isfinite(float64s(int64s(table[RESULTS])[i])[turn]):
+                last = True
+        moves = int64s(table[MOVES])
+        for i in range(table[MOVING]):
+            stride = moves[2 * i + 1]
+            int64s(moves[2 * i])[0] += -turn * stride if last else stride
+        table[DONE] = turn + 1
+        return last
 
     def run(table, sync, thread, threads):
-        count, times = table[COUNT], table[TIMES] if thread == 0 else 0
+        count, turns = table[COUNT], table[TURNS]
+        times = table[TIMES] if thread == 0 else 0
         started = clock() if times != 0 else 0
-        for i in range(count):
-            row = ENTRIES + 4 * i  # entry, arguments, tickets, how many
-            call_kernel(table[row], table[row + 1], sync, thread, threads)
-            # One thread decides, before the barrier, so that after it all leave or none does.
-            if thread == 0 and atomic_load(table, STOP) != 0:
-                table[HALT] = i + 1  # not COUNT, which a thread may have yet to read
-            barrier(sync, threads)
-            if thread == 0:
-                tickets = int64s(table[row + 2])
-                for ticket in range(table[row + 3]):
-                    tickets[ticket] = 0
-            if times != 0:
-                now = clock()
-                int64s(times)[i] = now - started
-                started = now
-            # After the last kernel the table may be gone.
-            if i + 1 < count and atomic_load(table, HALT) == i + 1:
-                barrier(sync, threads)  # all have read it
-                return
+        for turn in range(turns):
+            for i in range(count):
+                row = ENTRIES + 4 * i  # entry, arguments, tickets, how many
+                call_kernel(table[row], table[row + 1], sync, thread, threads)
+                # One thread decides, before the barrier, so that after it all leave or none does.
+                if thread == 0 and atomic_load(table, STOP) != 0:
+                    table[HALT] = i + 1  # not COUNT, which a thread may have yet to read
+                barrier(sync, threads)
+                if thread == 0:
+                    tickets = int64s(table[row + 2])
+                    for ticket in range(table[row + 3]):
+                        tickets[ticket] = 0
+                if times != 0:
+                    now = clock()
+                    int64s(times)[i] = now - started
+                    started = now
+                # After the last kernel of the last turn the table may be gone.
+                if i + 1 < count and atomic_load(table, HALT) == i + 1:
+                    barrier(sync, threads)  # all have read it
+                    return
+            over = end_turn(table, turn, turns) if thread == 0 else False
+            if turn + 1 < turns:
+                if over:
+                    table[HALT] = ENDED
+                barrier(sync, threads)
+                if atomic_load(table, HALT) == ENDED:
+                    barrier(sync, threads)
+                    return
 
     return run
