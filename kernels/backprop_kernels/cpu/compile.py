@@ -61,22 +61,38 @@ def _compile(name: str, function: Callable[..., Any], parameters: int) -> bytes:
 
 def llvm_text(name: str, function: Callable[..., Any], parameters: int) -> str:
     """The LLVM module that Numba makes of `function`, under `name`."""
-    import numba
     from numba import types
+    from numba.core import compiler
+    from numba.core.compiler_lock import global_compiler_lock
+    from numba.core.registry import cpu_target
 
     # No exceptions and no reference counts: the code must stand without Numba's runtime.
-    compiled = numba.jit(
-        types.void(types.CPointer(types.int64), *[types.int64] * (parameters - 1)),
-        nopython=True,
-        error_model="numpy",
-        boundscheck=False,
-        no_cpython_wrapper=True,
-        no_cfunc_wrapper=True,
-        _nrt=False,
-    )(function)
-    text = compiled.inspect_llvm(compiled.signatures[0])
-    symbol = compiled.overloads[compiled.signatures[0]].fndesc.llvm_func_name
-    return str(text.replace(symbol, name))
+    flags = compiler.Flags()
+    flags.error_model = "numpy"
+    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    arguments = [types.CPointer(types.int64), *[types.int64] * (parameters - 1)]
+    with global_compiler_lock:
+        library = _text_generator().create_library(name)
+        compiled = compiler.compile_extra(
+            cpu_target.typing_context, cpu_target.target_context, function, arguments, types.void,
+            flags, {}, library,
+        )  # fmt: skip
+        library.finalize()
+    return str(library.get_llvm_str().replace(compiled.fndesc.llvm_func_name, name))
+
+
+@cache
+def _text_generator() -> Any:
+    """What `numba.jit` uses, without the machine code at its end: nobody would run that."""
+    from numba.core import codegen
+
+    class TextGenerator(codegen.JITCPUCodegen):  # type: ignore[misc]
+        _library_class = codegen.AOTCodeLibrary
+
+        def _add_module(self, module: Any) -> None:
+            pass
+
+    return TextGenerator("fused-backprop")
 
 
 def _load(name: str, code: bytes) -> int:
