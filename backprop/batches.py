@@ -167,12 +167,21 @@ class Batches:
         if not self.shuffle or self._stream is not None or self.memory is not HOST:
             return
         index = self._index = np.zeros((step.TURNS, self.size), np.int64)
+        columns = cast(list[Array], self.columns)
+        listed = self._entries(columns[0]) if step.gradients.sparse_input else None
+        if listed is not None:  # a row of them is a fifth of a row of X to fetch
+            columns = [listed, *columns[1:]]
+            self.full[0] = host_memory.zeros((self.size, *listed.shape[1:]), listed.dtype)
 
         def gather(rows: int) -> None:
-            columns = cast(list[Array], self.columns)
             self._gather_rows(columns, index[0, :rows], self._buffers(rows))
 
         step.before, step.before_reads = gather, (index,)
+
+    def _entries(self, X: Array) -> Array | None:
+        """What a backend that skips zeros makes of X, where it can and that is smaller than X."""
+        entries = getattr(self.backend.sparse_input, "entries", None)
+        return None if entries is None else entries(X)
 
     def epoch(self, epoch: int) -> Iterator[Sequence[Array]]:
         """The batches of epoch `epoch` (from 0); each is good until the next. The last is short."""
@@ -257,6 +266,8 @@ class Batches:
     def _gather_rows(self, columns: Sequence[Array], index: Array, batch: Sequence[Array]) -> None:
         """The operators, to be captured."""
         for column, rows in zip(columns, batch, strict=True):
+            if column.dtype.names is not None:  # entries: a word or two each
+                column, rows = column.view(np.int64), rows.view(np.int64)
             self.backend.gather_rows(column, index, out=rows)
 
 

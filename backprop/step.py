@@ -389,7 +389,8 @@ class TrainStep:
         """Why step `number` was not applied: its batch, where that is the cause."""
         try:
             for name, array in zip(("X", "y"), arrays, strict=False):
-                refuse_non_finite("TrainStep", name, array)
+                if array.dtype.names is None:  # entries were made of an X that was good
+                    refuse_non_finite("TrainStep", name, array)
             if len(arrays) > 1:
                 model = self.model
                 self.gradients.loss.targets(

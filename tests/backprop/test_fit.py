@@ -201,13 +201,18 @@ def test_diverging_fit_keeps_the_last_finite_step(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("row", ["like the others", "full", "all of zeros"])
 def test_zeros_of_the_input_are_skipped_without_a_trace(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    device: str, row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One-hot columns: the same network as with the dense kernels, but for rounding."""
     rng = np.random.default_rng(5)
     X = np.hstack([rng.standard_normal((700, 2)), np.eye(30)[rng.integers(0, 30, 700)]])
-    y = np.tanh(X @ rng.standard_normal((32, 1)))
+    if row == "full":  # then a list of what is not 0 would be larger than X
+        X[5] = 1
+    elif row == "all of zeros":
+        X[...] = 0
+    y = np.tanh(X @ rng.standard_normal((32, 1))) + 0.1
     found = []
     for share in (batches.SPARSE, 0.0):
         monkeypatch.setattr(batches, "SPARSE", share)

@@ -126,6 +126,55 @@ def test_program_lists_an_input_once_and_anew_in_every_run(dtype: np.dtype) -> N
         assert np.array_equal(Y, other @ W.T) and np.array_equal(dW, dZ.T @ other)
 
 
+def test_entries_stand_for_their_rows(dtype: np.dtype) -> None:
+    """Columns from the left, as many of each row: what is left over is a 0 in no column."""
+    rng = np.random.default_rng(4)
+    X = thin(rng.standard_normal((301, 70)).astype(dtype), 0.2)
+    X[17] = 0
+    X[18, 3] = np.nan
+    found = cpu.entries(X)
+    assert found is not None and found.shape == (301, np.count_nonzero(X, axis=1).max())
+    for row, entries in zip(X, found, strict=True):
+        (columns,) = np.nonzero(row)
+        rest = len(entries) - len(columns)
+        assert np.array_equal(entries["column"], [*columns, *[70] * rest])
+        assert np.array_equal(entries["value"], [*row[columns], *[0.0] * rest], equal_nan=True)
+
+
+def test_entries_give_the_bits_of_what_they_stand_for(dtype: np.dtype) -> None:
+    rng = np.random.default_rng(5)
+    for batch, out in ((1, 1), (3, 70), (601, 130), (1030, 64)):
+        X, W, b = (rng.standard_normal(s).astype(dtype) for s in ((batch, 40), (out, 40), (out,)))
+        dZ, dW = rng.standard_normal((batch, out)).astype(dtype), np.empty_like(W)
+        thin(X, 0.2)
+        W[0, 5], X[:, 5] = np.inf, 0  # 0 · ∞ of a short row would be NaN
+        found = cpu.entries(X)
+        assert found is not None
+        dense, listed = (cpu.sparse_input_forward(A, W, b, "gelu") for A in (X, found))
+        assert np.isfinite(dense[0]).all()
+        for one, other in zip(dense, listed, strict=True):
+            assert one is not None and other is not None and one.tobytes() == other.tobytes()
+        dZ[0] = np.inf
+        cpu.sparse_input_wgrad(dZ, found, out=dW)
+        assert cpu.sparse_input_wgrad(dZ, X).tobytes() == dW.tobytes()
+        assert np.isfinite(dW[:, X[0] == 0]).all()
+
+
+def test_entries_are_smaller_than_their_rows_or_none(dtype: np.dtype) -> None:
+    X = np.zeros((50, 40), dtype)
+    X[:, :20] = 1
+    found = cpu.entries(X)
+    assert found is not None and found.nbytes <= X.nbytes
+    X[49, 20] = 1
+    assert cpu.entries(X) is None
+    nothing = cpu.entries(np.zeros((50, 40), dtype))
+    assert nothing is not None and nothing.shape == (50, 0)
+    no_rows = cpu.entries(np.zeros((0, 40), dtype))
+    assert no_rows is not None and no_rows.shape == (0, 0)
+    W = np.ones((3, 40), dtype)
+    assert not cpu.sparse_input_forward(nothing, W)[0].any()
+
+
 def test_no_bit_depends_on_the_number_of_threads(dtype: np.dtype) -> None:
     X, W = operands("normal", 1031, 200, 155, dtype)
     thin(X, 0.15)
@@ -134,9 +183,13 @@ def test_no_bit_depends_on_the_number_of_threads(dtype: np.dtype) -> None:
     try:
         for count in (1, 2, 3, 8):
             threads.set_num_threads(count)
-            results.append((cpu.sparse_input_forward(X, W)[0], cpu.sparse_input_wgrad(dZ, X)))
+            found = cpu.entries(X)
+            assert found is not None
+            outputs = cpu.sparse_input_forward(found, W)[0], cpu.sparse_input_wgrad(dZ, X)
+            results.append((*outputs, found))
     finally:
         threads.set_num_threads(before)
-    for Y, dW in results[1:]:
-        assert np.array_equal(Y, results[0][0]) and np.array_equal(dW, results[0][1])
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            assert one.tobytes() == other.tobytes()
     assert np.allclose(results[0][1], reference.sparse_input_wgrad(dZ, X), rtol=1e-3, atol=1e-2)

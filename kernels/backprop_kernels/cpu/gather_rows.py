@@ -15,8 +15,9 @@ from backprop_kernels.cpu.compile import address
 from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 
 CHUNK = 32  # rows per piece of work
-# No CPU can foresee which row comes next: it is fetched two rows ahead, the first bytes of it.
-AHEAD, FETCHED = 2, 2048
+# No CPU can foresee which row comes next: its first bytes are fetched while others are copied, so
+# that about so many bytes are on their way.
+AHEAD, FETCHED = 2048, 2048
 FLOPS = 40  # of one word, roughly: rows come from anywhere in memory, and a miss costs that
 
 (UNUSED, TICKET, X_, INDEX, Y_, ROWS, COUNT, WORDS) = range(8)
@@ -58,11 +59,13 @@ def _kernel() -> Callable[..., None]:
                 for r in range(low, high):
                     targets[r] = sources[min(max(index[r], 0), rows - 1)]
                 continue
-            for r in range(low, high):
-                if r + AHEAD < high:
-                    following = X + min(max(index[r + AHEAD], 0), rows - 1) * size
+            ahead = max(2, min(AHEAD // max(size, 1), 16))
+            for r in range(low - ahead, high):
+                if r + ahead < high:
+                    following = X + min(max(index[r + ahead], 0), rows - 1) * size
                     for line in range(0, min(size, FETCHED), 64):
                         prefetch(following + line)
-                copy((X + min(max(index[r], 0), rows - 1) * size, Y + r * size), (), words)
+                if r >= low:
+                    copy((X + min(max(index[r], 0), rows - 1) * size, Y + r * size), (), words)
 
     return kernel
