@@ -2,16 +2,18 @@
 
 A memory map, an HDF5 or Zarr dataset, anything else with `shape` and slicing, is *streamed*: a
 thread reads and checks the next rows while the engine works on these. Memory then holds a few
-windows of rows, whatever the size of the file.
+windows of rows, whatever the size of the file; of a memory map that lies as the kernels take it,
+nothing is copied.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from backprop_kernels import host_memory
@@ -29,6 +31,7 @@ SAMPLE = 1024  # rows of X that are looked at for zeros
 # Where zeros are skipped: batches of so many rows at least, this share of X not 0 at most.
 # Elsewhere the dense products were faster.
 SPARSE_ROWS, SPARSE = 128, 0.15
+Blocks: TypeAlias = list[tuple[int, int]]  # rows from, to
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -61,28 +64,69 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def in_place(self) -> Array | None:
+        """All rows where they lie, not yet checked, if a memory map has them as kernels do."""
+        if not isinstance(self.source, np.ndarray):
+            return None
+        two = self.checked(self.source[:2], True)  # of all a copy might be made
+        return self.checked(self.source[:], True) if np.may_share_memory(two, self.source) else None
+
     def read(self, start: int, stop: int, known: bool = False) -> Array:
         """Rows `start` … `stop` − 1, in place where they lie right, else copied."""
+        return self._good(self.source[start:stop], start, stop, known)
+
+    def read_into(self, target: Array, start: int, known: bool) -> None:
+        """Copy as many rows as `target` has from `start` on."""
+        stop = start + len(target)
+        direct = getattr(self.source, "read_direct", None)  # HDF5's, without an array in between
+        kind = tuple(self.source.shape[1:]), getattr(self.source, "dtype", None)
+        if direct is not None and kind == (target.shape[1:], target.dtype):
+            direct(target, np.s_[start:stop])
+            self._good(target, start, stop, known)
+        else:
+            target[...] = self.read(start, stop, known)
+
+    def _good(self, rows: Any, start: int, stop: int, known: bool) -> Array:
         try:
-            rows = self.checked(self.source[start:stop], known)
+            checked = self.checked(rows, known)
         except BackpropError as problem:
             raise type(problem)(f"{problem} (rows are counted from row {start})") from None
-        if len(rows) != stop - start:
+        if len(checked) != stop - start:
             raise ShapeError(
-                f"batches: source[{start}:{stop}]: expected {stop - start} rows, got {len(rows)}"
+                f"batches: source[{start}:{stop}]: expected {stop - start} rows, got {len(checked)}"
             )
-        return rows
+        return checked
 
 
 def parts(columns: Sequence[Array | Rows], rows: int) -> Iterator[list[Array]]:
     """`columns` in order, up to `rows` rows at a time; streamed ones are read one part ahead."""
     total = len(columns[0])
+    there = [column.in_place() if isinstance(column, Rows) else column for column in columns]
 
-    def read(start: int) -> list[Array]:
-        return [read_rows(column, start, min(start + rows, total)) for column in columns]
+    def read(start: int) -> list[Array | None]:
+        stop = min(start + rows, total)
+        found: list[Array | None] = []
+        for column, array in zip(columns, there, strict=True):
+            if array is not None and isinstance(column, Rows):
+                fetch(array[start:stop])  # checked once it is needed, when that brings it to caches
+                found.append(None)
+            else:
+                found.append(read_rows(column, start, stop))
+        return found
 
+    starts = range(0, total, rows)
     streamed = any(isinstance(column, Rows) for column in columns)
-    return (_ahead if streamed else map)(read, range(0, total, rows))
+    for start, part in zip(starts, (_ahead if streamed else map)(read, starts), strict=True):
+        stop = min(start + rows, total)
+        yield [
+            read_rows(column, start, stop) if found is None else found
+            for column, found in zip(columns, part, strict=True)
+        ]
+
+
+def fetch(rows: Array) -> None:
+    """Have what a memory map maps in memory: a byte of each page is read."""
+    rows.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].sum()
 
 
 def read_rows(column: Array | Rows, start: int, stop: int, known: bool = False) -> Array:
@@ -143,7 +187,7 @@ class Batches:
         self.size = min(batch_size, self.rows)
         self.shuffle = shuffle
         self.seed = seed
-        self._gathers: dict[tuple[int, int], Callable[..., None]] = {}
+        self._gathers: dict[int, Callable[..., None]] = {}
         self._views: dict[int, list[Array]] = {}
         self._index: Array | None = None  # of the next batches, a row each, where steps gather them
         streamed = [column for column in columns if isinstance(column, Rows)]
@@ -164,11 +208,13 @@ class Batches:
         What Python touches between two calls a step has driven out of the caches. The arrays of a
         batch are then filled by the step.
         """
-        if not self.shuffle or self._stream is not None or self.memory is not HOST:
+        if not self.shuffle or self.memory is not HOST:
             return
         index = self._index = np.zeros((step.TURNS, self.size), np.int64)
-        columns = cast(list[Array], self.columns)
-        listed = self._entries(columns[0]) if step.gradients.sparse_input else None
+        columns = self._sources
+        listed = None
+        if step.gradients.sparse_input and self._stream is None:
+            listed = self._entries(columns[0])
         if listed is not None:  # a row of them is a fifth of a row of X to fetch
             columns = [listed, *columns[1:]]
             self.full[0] = host_memory.zeros((self.size, *listed.shape[1:]), listed.dtype)
@@ -188,19 +234,6 @@ class Batches:
         batches = self._epoch(epoch)
         return batches if self.resident else self.memory.ahead(batches)
 
-    def _epoch(self, epoch: int) -> Iterator[Sequence[Array]]:
-        if self._stream is not None:
-            windows = self._stream.windows(self._rng(epoch))
-        else:
-            windows = iter([(cast(list[Array], self.columns), self._order(epoch))])
-        for window, order in windows:
-            for start in range(0, len(order), self.size):
-                index = order[start : start + self.size]
-                if self.shuffle:
-                    yield self._gathered(window, index)
-                else:
-                    yield [column[index[0] : index[-1] + 1] for column in window]
-
     def several(
         self, epoch: int, first: int = 0, together: int = 1
     ) -> Iterator[tuple[int, Sequence[Array]]]:
@@ -212,23 +245,38 @@ class Batches:
             for batch in islice(self.epoch(epoch), first, None):
                 yield 1, batch
             return
-        order = self._order(epoch)[first * self.size :]
-        full = len(order) // self.size
-        batches = order[: full * self.size].reshape(full, self.size)
-        for start in range(0, full, together):
-            index = batches[start : start + together]
-            self._index[: len(index)] = index
-            yield len(index), self._buffers(self.size)
-        if rest := len(order) % self.size:
-            yield 1, self._gathered(cast(list[Array], self.columns), order[-rest:])
+        for order in self._orders(epoch):
+            full, rest = divmod(len(order), self.size)
+            skipped = min(first, full)
+            first -= skipped
+            batches = order[skipped * self.size : full * self.size].reshape(-1, self.size)
+            for start in range(0, len(batches), together):
+                index = batches[start : start + together]
+                self._index[: len(index)] = index
+                yield len(index), self._buffers(self.size)
+            if rest and not first:
+                yield 1, self._gathered(order[-rest:])
 
-    def _order(self, epoch: int) -> Array:
-        if not self.shuffle:
-            return np.arange(self.rows)
-        return self._rng(epoch).permutation(self.rows)
+    def _epoch(self, epoch: int) -> Iterator[Sequence[Array]]:
+        for order in self._orders(epoch):
+            for start in range(0, len(order), self.size):
+                index = order[start : start + self.size]
+                if self.shuffle:
+                    yield self._gathered(index)
+                else:
+                    yield [column[index[0] : index[-1] + 1] for column in self._sources]
 
-    def _rng(self, epoch: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, epoch))
+    def _orders(self, epoch: int) -> Iterator[Array]:
+        """Where the rows of the epoch lie in `_sources`; in all but the last, whole batches."""
+        rng = np.random.default_rng((self.seed, epoch))
+        if self._stream is not None:
+            return self._stream.windows(rng)
+        return iter([rng.permutation(self.rows) if self.shuffle else np.arange(self.rows)])
+
+    @property
+    def _sources(self) -> list[Array]:
+        """What batches are rows of: the columns, or the windows of a stream."""
+        return cast(list[Array], self.columns) if self._stream is None else self._stream.sources
 
     def _buffers(self, rows: int) -> list[Array]:
         """Where a batch lies: the same arrays every time, so that a program knows them."""
@@ -236,26 +284,23 @@ class Batches:
             self._views[rows] = [buffer[:rows] for buffer in self.full]
         return self._views[rows]
 
-    def _gathered(self, columns: Sequence[Array], index: Array) -> list[Array]:
-        """The rows `index` of `columns`, in buffers that every batch shares."""
+    def _gathered(self, index: Array) -> list[Array]:
+        """The rows `index` of the sources, in buffers that every batch shares."""
         batch = self._buffers(len(index))
         if self._index is not None:
             self._index[0, : len(index)] = index
             return batch
-        key = len(index), id(columns)
-        if key not in self._gathers:
-            self._gathers[key] = self._gather(columns, index, batch)
-        self._gathers[key](index)
+        if len(index) not in self._gathers:
+            self._gathers[len(index)] = self._gather(index, batch)
+        self._gathers[len(index)](index)
         return batch
 
-    def _gather(
-        self, columns: Sequence[Array], index: Array, batch: list[Array]
-    ) -> Callable[..., None]:
+    def _gather(self, index: Array, batch: list[Array]) -> Callable[..., None]:
         def by_kernel(index: Array) -> None:
-            self._gather_rows(columns, index, batch)
+            self._gather_rows(self._sources, index, batch)
 
         def here(index: Array) -> None:  # data that the device has no room for
-            for column, rows in zip(columns, batch, strict=True):
+            for column, rows in zip(self._sources, batch, strict=True):
                 np.take(column, index, axis=0, out=rows, mode="clip")
 
         if not (self.resident or self.memory is HOST):
@@ -275,7 +320,9 @@ class _Stream:
     """Windows of rows, read by a thread while the batches of the last one are used.
 
     A window is blocks from anywhere in the file, its rows shuffled together. What fits in a single
-    window is thus shuffled like an array.
+    window is thus shuffled like an array. `sources` are the columns where they lie, if all do as
+    kernels take them, and reading a window then means to have it fetched; else two windows of each,
+    one to read into and one in use.
     """
 
     def __init__(self, batches: Batches, streamed: Sequence[Rows]) -> None:
@@ -285,10 +332,19 @@ class _Stream:
         chunks = getattr(streamed[0].source, "chunks", None)  # HDF5's and Zarr's: read them whole
         if isinstance(chunks, tuple) and isinstance(chunks[0], int):
             self.block = -(-self.block // chunks[0]) * chunks[0]
-        self._windows: list[list[Array]] = []  # two: one to read into, one in use
         self._known = False  # whether every row has been checked
+        columns = batches.columns
+        there = [c.in_place() if isinstance(c, Rows) else c for c in columns]
+        self._copies = any(column is None for column in there)
+        self._window = min(self.block * WINDOW_BLOCKS, batches.rows) + batches.size - 1  # rows
+        self._first = 0  # of the window to read into
+        self.sources: list[Array] = (
+            [np.empty((2 * self._window, *c.shape[1:]), c.dtype) for c in columns]
+            if self._copies
+            else cast(list[Array], there)
+        )
 
-    def order(self, rng: np.random.Generator) -> Iterator[tuple[list[tuple[int, int]], Array]]:
+    def order(self, rng: np.random.Generator) -> Iterator[tuple[Blocks, Array]]:
         """(blocks, order) of each window: (start, stop) of what is read, then how rows are put."""
         rows, shuffle = self.batches.rows, self.batches.shuffle
         starts = np.arange(0, rows, self.block)
@@ -302,32 +358,53 @@ class _Stream:
             count = sum(stop - start for start, stop in blocks)
             yield blocks, rng.permutation(count) if shuffle else np.arange(count)
 
-    def windows(self, rng: np.random.Generator) -> Iterator[tuple[list[Array], Array]]:
-        """(columns, order) of each window. In all but the last, `order` is whole batches."""
+    def windows(self, rng: np.random.Generator) -> Iterator[Array]:
+        """Where the rows of each window lie in `sources`. In all but the last, whole batches."""
         batches = self.batches
-        if not self._windows:
-            rows = min(self.block * WINDOW_BLOCKS, batches.rows) + batches.size - 1
-            shapes = [((rows, *c.shape[1:]), c.dtype) for c in batches.columns]
-            self._windows = [[np.empty(*shape) for shape in shapes] for _ in range(2)]
         left = np.arange(0)  # rows of the window before, too few for a batch
         done = 0
 
-        def fill(window: tuple[list[tuple[int, int]], Array]) -> tuple[list[Array], Array]:
+        def read(window: tuple[Blocks, Array]) -> tuple[Array, Blocks]:
             nonlocal left, done
             blocks, order = window
-            before, into = self._windows
-            self._windows.reverse()
-            for column, source, target in zip(batches.columns, before, into, strict=True):
-                target[: len(left)] = source[left]
-                end = len(left)
-                for start, stop in blocks:
-                    target[end : end + stop - start] = read_rows(column, start, stop, self._known)
-                    end += stop - start
-            order = np.concatenate([np.arange(len(left)), len(left) + order])
-            done += end - len(left)
-            whole = end if done == batches.rows else end // batches.size * batches.size
-            self._known = self._known or done == batches.rows
+            place = self._copied if self._copies else self._fetched
+            left, rows = place(left, blocks)
+            order = np.concatenate([left, rows[order]])
+            done += len(rows)
+            whole = (
+                len(order) if done == batches.rows else len(order) // batches.size * batches.size
+            )
             left = order[whole:]
-            return into, order[:whole]
+            return order[:whole], blocks
 
-        return _ahead(fill, self.order(rng))
+        for order, blocks in _ahead(read, self.order(rng)):
+            if not (self._copies or self._known):  # here: a third busy thread would be in the way
+                for column in batches.columns:
+                    for start, stop in blocks:
+                        read_rows(column, start, stop)
+            yield order
+        self._known = True
+
+    def _fetched(self, left: Array, blocks: Blocks) -> tuple[Array, Array]:
+        """Have the blocks in memory; where `left` and their rows lie."""
+        for start, stop in blocks:
+            for column, source in zip(self.batches.columns, self.sources, strict=True):
+                if isinstance(column, Rows):
+                    fetch(source[start:stop])
+        return left, np.concatenate([np.arange(start, stop) for start, stop in blocks])
+
+    def _copied(self, left: Array, blocks: Blocks) -> tuple[Array, Array]:
+        """Copy the rows `left` and the blocks into a window; where both lie then."""
+        first, self._first = self._first, self._window - self._first
+        end = first + len(left)
+        for column, target in zip(self.batches.columns, self.sources, strict=True):
+            target[first:end] = target[left]
+            at = end
+            for start, stop in blocks:
+                into = target[at : at + stop - start]
+                if isinstance(column, Rows):
+                    column.read_into(into, start, self._known)
+                else:
+                    into[...] = column[start:stop]
+                at += stop - start
+        return np.arange(first, end), np.arange(end, at)

@@ -39,6 +39,17 @@ class Dataset:
         return self.array[rows].copy()
 
 
+class Direct(Dataset):
+    """HDF5's way to read without an array in between."""
+
+    def __init__(self, array: Array, chunks: tuple[int, ...] | None = None) -> None:
+        super().__init__(array, chunks)
+        self.dtype = array.dtype
+
+    def read_direct(self, target: Array, rows: slice) -> None:
+        target[...] = self[rows]
+
+
 def whole(part: Any, known: bool) -> Array:
     """Rows as they are."""
     return np.asarray(part)
@@ -97,6 +108,52 @@ def test_shuffled_fit_has_the_bits_of_memory_in_its_order(device: str) -> None:
             total += len(rows) * step(X[rows], ids[rows], weight[rows])
         losses.append(total / 1003)
     assert streamed == (losses, twin.parameters.tobytes())
+
+
+KINDS = ("map", "map by columns", "map of float64", "read_direct", "chunks")
+
+
+def source_of(kind: str, folder: Path, array: Array) -> Any:
+    if kind in ("read_direct", "chunks"):
+        return Direct(array) if kind == "read_direct" else Dataset(array, chunks=(16, 6))
+    wide = array.astype(np.float64) if kind == "map of float64" else array
+    return mapped(folder, wide, "F" if kind == "map by columns" else "C")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("small_windows")
+def test_rows_are_the_same_however_they_are_read(kind: str, tmp_path: Path) -> None:
+    """In place, straight into a window, or by a copy: step by step or several in one call."""
+    source = source_of(kind, tmp_path, X)
+    stream = Batches(bp.MLP([1, 1]).backend, [bp.MLP([6, 1]).column(source, "fit"), y], 32)._stream
+    assert stream is not None
+    lies = source if isinstance(source, np.ndarray) else X
+    assert np.may_share_memory(stream.sources[0], lies) == (kind == "map")
+    for callbacks in ([], [Watches()]):
+        one, other = (
+            epoch_of(bp.MLP([6, 5, 1]), (data, y), batch_size=16, callbacks=callbacks)
+            for data in (source, Dataset(X, getattr(source, "chunks", None)))
+        )
+        assert one == other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("small_windows")
+def test_bad_rows_are_found_however_they_are_read(kind: str, tmp_path: Path) -> None:
+    holed = X.copy()
+    holed[900, 2] = np.nan
+    source = source_of(kind, tmp_path, holed)
+    with pytest.raises(bp.DataError, match=r"NaN at row \d, .*rows are counted from row \d+"):
+        bp.fit(bp.MLP([6, 1]), source, y, progress=False)
+    with pytest.raises(bp.DataError, match=r"NaN at row 100, .*rows are counted from row 800"):
+        bp.MLP([6, 1]).predict(source, 200)
+
+
+class Watches(bp.Callback):
+    """Is told of every step, which is then a call of its own."""
+
+    def step_end(self, training: Any) -> None:
+        pass
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 50, 1003])

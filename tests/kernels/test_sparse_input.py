@@ -7,6 +7,7 @@ import pytest
 from backprop_kernels import cpu, reference
 from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cpu import program, threads
+from backprop_kernels.cpu.sparse_input import entries
 
 from tests import saved as kept
 from tests.guarded import Guards
@@ -132,13 +133,13 @@ def test_entries_stand_for_their_rows(dtype: np.dtype) -> None:
     X = thin(rng.standard_normal((301, 70)).astype(dtype), 0.2)
     X[17] = 0
     X[18, 3] = np.nan
-    found = cpu.entries(X)
+    found = entries(X)
     assert found is not None and found.shape == (301, np.count_nonzero(X, axis=1).max())
-    for row, entries in zip(X, found, strict=True):
+    for row, listed in zip(X, found, strict=True):
         (columns,) = np.nonzero(row)
-        rest = len(entries) - len(columns)
-        assert np.array_equal(entries["column"], [*columns, *[70] * rest])
-        assert np.array_equal(entries["value"], [*row[columns], *[0.0] * rest], equal_nan=True)
+        rest = len(listed) - len(columns)
+        assert np.array_equal(listed["column"], [*columns, *[70] * rest])
+        assert np.array_equal(listed["value"], [*row[columns], *[0.0] * rest], equal_nan=True)
 
 
 def test_entries_give_the_bits_of_what_they_stand_for(dtype: np.dtype) -> None:
@@ -148,7 +149,7 @@ def test_entries_give_the_bits_of_what_they_stand_for(dtype: np.dtype) -> None:
         dZ, dW = rng.standard_normal((batch, out)).astype(dtype), np.empty_like(W)
         thin(X, 0.2)
         W[0, 5], X[:, 5] = np.inf, 0  # 0 · ∞ of a short row would be NaN
-        found = cpu.entries(X)
+        found = entries(X)
         assert found is not None
         dense, listed = (cpu.sparse_input_forward(A, W, b, "gelu") for A in (X, found))
         assert np.isfinite(dense[0]).all()
@@ -163,13 +164,13 @@ def test_entries_give_the_bits_of_what_they_stand_for(dtype: np.dtype) -> None:
 def test_entries_are_smaller_than_their_rows_or_none(dtype: np.dtype) -> None:
     X = np.zeros((50, 40), dtype)
     X[:, :20] = 1
-    found = cpu.entries(X)
+    found = entries(X)
     assert found is not None and found.nbytes <= X.nbytes
     X[49, 20] = 1
-    assert cpu.entries(X) is None
-    nothing = cpu.entries(np.zeros((50, 40), dtype))
+    assert entries(X) is None
+    nothing = entries(np.zeros((50, 40), dtype))
     assert nothing is not None and nothing.shape == (50, 0)
-    no_rows = cpu.entries(np.zeros((0, 40), dtype))
+    no_rows = entries(np.zeros((0, 40), dtype))
     assert no_rows is not None and no_rows.shape == (0, 0)
     W = np.ones((3, 40), dtype)
     assert not cpu.sparse_input_forward(nothing, W)[0].any()
@@ -183,7 +184,7 @@ def test_no_bit_depends_on_the_number_of_threads(dtype: np.dtype) -> None:
     try:
         for count in (1, 2, 3, 8):
             threads.set_num_threads(count)
-            found = cpu.entries(X)
+            found = entries(X)
             assert found is not None
             outputs = cpu.sparse_input_forward(found, W)[0], cpu.sparse_input_wgrad(dZ, X)
             results.append((*outputs, found))
