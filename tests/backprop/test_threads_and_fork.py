@@ -105,9 +105,9 @@ def test_programs_of_two_threads_that_live_for_one_call() -> None:
 
 
 def test_ctrl_c_while_a_worker_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is ordered yet, so no worker waits at a barrier that nobody else comes to."""
+    """The program is run before the exception goes on: no worker waits at a barrier for ever."""
     model = bp.MLP([64, 256, 256, 10])
-    many = rng.standard_normal((4096, 64)).astype(np.float32)  # worth waiting for a worker
+    many = rng.standard_normal((4096, 64)).astype(np.float32)
     expected = model.predict(many)
     wake, woken = threads._Pool._wake, []
 

@@ -103,7 +103,7 @@ class Program:
         self._flops = sum(kernel.flops for kernel in kernels)
         busy = 1 + self._flops // (FLOPS_PER_THREAD * max(len(kernels), 1))
         most_threads = min([busy, *(kernel.most_threads for kernel in kernels)])
-        self._call = address(_runner, 4), word(self._table), most_threads, self._flops
+        self._call = address(_runner, 4), word(self._table), most_threads
         self._bound = [word(array) for array in self.inputs]
         self._given = list(self.inputs)
         self._places = [

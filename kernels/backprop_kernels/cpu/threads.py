@@ -11,7 +11,6 @@ import _thread
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,7 @@ from backprop_kernels.errors import OptionError
 TABLE, SYNC, THREADS, RUN, MUST_WAKE, WORKERS = 0, 8, 16, 24, 32, 40
 ORDERED, TAKEN, STATE = 0, 1, 2
 AWAKE, PARKED = 0, 1
-FIRST, LATE = 1, 2  # in MUST_WAKE: before anything is ordered, or after it
 NO_MORE = 2**40  # in a ticket counter: no work is left; times the rows of a piece no overflow
-# A parked worker takes a millisecond to come. A program that one thread needs 2 ms for does not
-# wait: the worker comes for the next one.
-WAKE_FLOPS = 2e8
 WAIT_SPINS = 40_000  # ~2 ms: longer than the Python between two steps, shorter than is rude
 
 _lock = threading.Lock()
@@ -108,23 +103,19 @@ def get_num_threads() -> int:
     return _limit
 
 
-def run(runner: int, table: int, wanted: int, flops: int) -> None:
+def run(runner: int, table: int, wanted: int) -> None:
     """Run the program at `table` on up to `wanted` threads, this one among them."""
     global _pool
     count = min(wanted, get_num_threads())
     if count == 1 or not _lock.acquire(blocking=False):
-        return alone(runner, table)
+        call(runner)(_SCRATCH, _SCRATCH, table, 0, 0, 1, 0)  # alone it meets no barrier
+        return
     try:
         if _pool is None:
             _pool = _Pool(get_num_threads(), runner)
-        _pool.run(runner, table, count, flops)
+        _pool.run(runner, table, count)
     finally:
         _lock.release()
-
-
-def alone(runner: int, table: int) -> None:
-    """Run the program at `table` on this thread, which then meets no barrier."""
-    call(runner)(_SCRATCH, _SCRATCH, table, 0, 0, 1, 0)
 
 
 def run_aside(work: Callable[[], None], stop: Callable[[], None]) -> None:
@@ -190,21 +181,16 @@ class _Pool:
             self._parks[index].acquire()
             self._control[WORKERS + 8 * index + STATE] = AWAKE
 
-    def run(self, runner: int, table: int, count: int, flops: int) -> None:
-        # Woken first, ordered then: an exception of a signal in between leaves no worker at a
-        # barrier that nobody else comes to.
-        while self._order(table, count) == FIRST:
-            self._wake(count)
-            if flops < WAKE_FLOPS:
-                return alone(runner, table)
-            time.sleep(1e-5)  # to come back they need the GIL
-        if self._control[MUST_WAKE] == LATE:  # one parked in the nanoseconds between look and order
-            self._wake(count)
-            call(runner)(_SCRATCH, _SCRATCH, table, int(self._control[SYNC]), 0, count, 0)
-
-    def _order(self, table: int, count: int) -> int:
+    def run(self, runner: int, table: int, count: int) -> None:
         self._start(_SCRATCH, _SCRATCH, self._address, table, count, 0, 0)
-        return int(self._control[MUST_WAKE])
+        if self._control[MUST_WAKE]:  # the program is ordered, but this thread has not begun it
+            try:
+                self._wake(count)
+            except BaseException:  # of a signal: workers on their way would wait for the others
+                self._wake(count)
+                raise
+            finally:
+                call(runner)(_SCRATCH, _SCRATCH, table, int(self._control[SYNC]), 0, count, 0)
 
     def _wake(self, count: int) -> None:
         for index in range(1, count):
@@ -228,21 +214,17 @@ def _after_fork() -> None:
 
 
 def _starter() -> Callable[..., None]:
-    """Order a program and run this thread's part, unless a worker must be woken."""
+    """Order a program and run this thread's part, unless a worker must be woken first."""
     from backprop_kernels.cpu.memory import atomic_add, atomic_load, call_kernel
 
     def start(control, table, threads):
-        for index in range(1, threads):
-            if atomic_load(control, WORKERS + 8 * index + STATE) == PARKED:
-                control[MUST_WAKE] = FIRST
-                return
         control[TABLE] = table
         control[THREADS] = threads
         must_wake = 0
         for index in range(1, threads):
             atomic_add(control, WORKERS + 8 * index + ORDERED, 1)
             if atomic_load(control, WORKERS + 8 * index + STATE) == PARKED:
-                must_wake = LATE
+                must_wake = 1
         control[MUST_WAKE] = must_wake
         if must_wake == 0:
             call_kernel(control[RUN], table, control[SYNC], 0, threads)
