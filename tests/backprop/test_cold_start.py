@@ -75,17 +75,26 @@ def objects(cache: Path) -> list[Path]:
 
 
 def test_first_fit_of_an_install_and_of_a_process(tmp_path: Path) -> None:
+    """The first compiles twelve kernels at most (how long: below, and `make bench-start`)."""
+    assert result(start(FIT, tmp_path))[1]
+    kept = objects(tmp_path)
+    assert len(kept) <= 12
+    made = [file.stat().st_mtime_ns for file in kept]
+    later = [result(start(FIT, tmp_path)) for _ in range(3)]
+    assert min(later)[0] < 0.5
+    assert not any(numba for _, numba in later)  # they load what the first compiled
+    assert [file.stat().st_mtime_ns for file in objects(tmp_path)] == made
+
+
+@pytest.mark.long  # nine seconds where the machine is quick, more where others slow it
+def test_first_fit_of_an_install_takes_ten_seconds(tmp_path: Path) -> None:
     # The machine's other work only ever adds, up to a half to CPU time as well: the best of three.
     for attempt in range(3):
         cache = tmp_path / str(attempt)
-        seconds, numba = result(start(FIT, cache))
-        assert numba
+        seconds, _ = result(start(FIT, cache))
         if seconds < 10:
             break
     assert seconds < 10
-    later = [result(start(FIT, cache)) for _ in range(3)]
-    assert min(later)[0] < 0.5
-    assert not any(numba for _, numba in later)  # they load what the first compiled
 
 
 EVERY_KERNEL = """
