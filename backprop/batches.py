@@ -2,8 +2,8 @@
 
 A memory map, an HDF5 or Zarr dataset, anything else with `shape` and slicing, is *streamed*: a
 thread reads and checks the next rows while the engine works on these. Memory then holds a few
-windows of rows, whatever the size of the file; of a memory map that lies as the kernels take it,
-nothing is copied.
+windows of rows, whatever the size of the file. Of a memory map that lies as the kernels take it
+nothing is copied: the thread has its pages fetched, and they are checked between steps.
 """
 
 from __future__ import annotations
