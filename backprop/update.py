@@ -147,7 +147,7 @@ class Update:
     @property
     def whole(self) -> bool:
         """Whether the operator is all of it."""
-        return not self._clipped and not self._limits
+        return self.fused and not self._limits
 
     def _row(self, treatment: Treatment) -> int:
         return self._rows.index(replace(treatment, max_norm=None))
@@ -180,7 +180,7 @@ class Update:
 
     def prepare(self, step: int, steps: int = 1) -> None:
         """Set the scalars of step `step` (from 1) and the `steps` − 1 after it."""
-        treated = [({**o, "lr": self.lr * scale}) for scale, o in self.treated]
+        treated = [{**o, "lr": self.lr * scale} for scale, o in self.treated]
         for i in range(steps):
             rows = self.tables[i].reshape(len(treated), -1)
             for row, options in zip(rows, treated, strict=True):

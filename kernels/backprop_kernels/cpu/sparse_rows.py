@@ -160,17 +160,16 @@ class _Rows(Vectors):
     def entry(self, n: Any) -> tuple[list[Any], list[Any]]:
         """Of entry n of each row: where the column's row of a panel starts, and the value splat."""
         builder = self.builder
-        size = 4 if str(self.scalar) == "float" else 8
-        column = ir.IntType(8 * size)
-        start = builder.mul(n, ir.Constant(WORD, 2 * size))
+        column = ir.IntType(8 * self.size)
+        start = builder.mul(n, ir.Constant(WORD, 2 * self.size))
         width = ir.Constant(WORD, PANEL_REGISTERS * self.lanes)
         zero = ir.Constant(self.scalar, 0.0)
         offsets, values = [], []
         for row, exists in zip(self._entries, self._exist, strict=True):
             at = builder.add(row, start)
             j = builder.load(builder.inttoptr(at, column.as_pointer()))
-            offsets.append(builder.mul(builder.sext(j, WORD) if size == 4 else j, width))
-            at = builder.add(at, ir.Constant(WORD, size))
+            offsets.append(builder.mul(builder.sext(j, WORD) if self.size == 4 else j, width))
+            at = builder.add(at, ir.Constant(WORD, self.size))
             x = builder.load(builder.inttoptr(at, self.scalar.as_pointer()))
             values.append(self.splat(builder.select(exists, x, zero)))
         return offsets, values
