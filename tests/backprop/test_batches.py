@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +17,8 @@ from backprop import batches
 from backprop.batches import Batches, Rows, _ahead, is_streamed
 from backprop.memory import HOST
 from backprop.resume import SAMPLE_ROWS, digest
+from tests.outside import outside
+from tests.watching import Watches
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((1003, 6)).astype(np.float32)
@@ -147,13 +147,6 @@ def test_bad_rows_are_found_however_they_are_read(kind: str, tmp_path: Path) -> 
         bp.fit(bp.MLP([6, 1]), source, y, progress=False)
     with pytest.raises(bp.DataError, match=r"NaN at row 100, .*rows are counted from row 800"):
         bp.MLP([6, 1]).predict(source, 200)
-
-
-class Watches(bp.Callback):
-    """Is told of every step, which is then a call of its own."""
-
-    def step_end(self, training: Any) -> None:
-        pass
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 50, 1003])
@@ -303,13 +296,7 @@ print(peak() * 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded() -> None:
     """400 MB of rows cost no more than 100 MB of them but for y and the outputs."""
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    few, many = (
-        int(subprocess.run(
-            [sys.executable, "-c", LARGE, str(rows)], check=True, capture_output=True, env=paths
-        ).stdout)
-        for rows in (100_000, 400_000)
-    )  # fmt: skip
+    few, many = (int(outside(LARGE, str(rows))) for rows in (100_000, 400_000))
     assert many - few < 20e6, (few, many)
 
 

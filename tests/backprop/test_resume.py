@@ -16,6 +16,7 @@ import pytest
 import backprop as bp
 from backprop.callbacks import Callback, Training
 from backprop.generations import Generations
+from tests.watching import SignalAtLine
 
 rng = np.random.default_rng(0)
 X, ids = rng.normal(size=(23, 4)), rng.integers(0, 3, 23)
@@ -159,38 +160,21 @@ def test_ctrl_c_at_any_step_returns_and_can_be_resumed(case: str, tmp_path: Path
         assert not again[1].interrupted
 
 
-class Signals:
-    """SIGINT at the `at`-th line that runs of a training step, from its batch `first` on."""
+class Signals(SignalAtLine):
+    """Of a training step, from its batch `first` on."""
 
     FILES = ("step.py", "update.py", "muon.py")
 
     def __init__(self, at: int, first: int, batches: int) -> None:
-        self.left, self.lines = at, 0
-        self.wanted = range(first, first + batches)
+        super().__init__(at)
+        self.batches = range(first, first + batches)
         self.seen = -1
-        self.place = ""
 
-    def call(self, frame: Any, event: str, argument: Any) -> Any:
+    def wanted(self, frame: Any) -> bool:
         if os.path.basename(frame.f_code.co_filename) not in self.FILES:
-            return None
+            return False
         self.seen += frame.f_code is bp.TrainStep.run.__code__
-        return self.line if self.seen in self.wanted else None
-
-    def line(self, frame: Any, event: str, argument: Any) -> Any:
-        if event == "line":
-            self.lines += 1
-            self.left -= 1
-            if self.left == 0:
-                self.place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                ctrl_c()
-        return self.line
-
-    def __enter__(self) -> Signals:
-        sys.settrace(self.call)
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        sys.settrace(None)
+        return self.seen in self.batches
 
 
 @cases

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +10,11 @@ import pytest
 
 import backprop as bp
 from backprop import batches
+from tests.watching import SignalAtLine, Watches
 
 rng = np.random.default_rng(0)
 X, ids = rng.standard_normal((203, 6)).astype(np.float32), rng.integers(0, 3, 203)
 ONE_HOT = np.hstack([X[:, :1], np.eye(40, dtype=np.float32)[rng.integers(0, 40, 203)]])
-
-
-class Watches(bp.Callback):
-    """Is told of every step, which is then a call of its own."""
-
-    def step_end(self, training: Any) -> None:
-        pass
 
 
 def fitted(watched: bool, layers: dict[str, Any], data: Any = X, **options: Any) -> tuple[Any, ...]:
@@ -123,31 +114,13 @@ def test_a_refused_step_ends_the_call(broken: int, calls: list[int]) -> None:
     assert ends[0] == ends[1]
 
 
-class Signals:
-    """SIGINT at the `at`-th line that runs of `run_several` and of what counts its steps."""
+class Signals(SignalAtLine):
+    """Of `run_several` and of what counts its steps."""
 
     CODE = bp.TrainStep.run_several.__code__, bp.TrainStep._count_several.__code__
 
-    def __init__(self, at: int) -> None:
-        self.left, self.lines = at, 0
-
-    def call(self, frame: Any, event: str, argument: Any) -> Any:
-        return self.line if frame.f_code in self.CODE else None
-
-    def line(self, frame: Any, event: str, argument: Any) -> Any:
-        if event == "line":
-            self.lines += 1
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-        return self.line
-
-    def __enter__(self) -> Signals:
-        sys.settrace(self.call)
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        sys.settrace(None)
+    def wanted(self, frame: Any) -> bool:
+        return frame.f_code in self.CODE
 
 
 def test_broken_off_at_any_line_and_resumed(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ import pytest
 from backprop_kernels.cpu import threads
 
 import backprop as bp
+from tests.outside import outside
 
 pytestmark = pytest.mark.alone
 
@@ -124,22 +123,6 @@ def test_ctrl_c_while_a_worker_is_woken(monkeypatch: pytest.MonkeyPatch) -> None
             model.predict(many)
     assert np.array_equal(model.predict(many), expected)
     assert len(woken) > 1 or threads.get_num_threads() == 1
-
-
-def outside(code: str, *arguments: str, folder: Path | None = None, **environment: str) -> str:
-    """What `code` prints as a program of its own: as a file in `folder` if it must be imported."""
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    script = ["-c", code]
-    if folder is not None:
-        file = folder / "script.py"
-        file.write_text(code, encoding="utf-8")
-        script = [str(file)]
-    done = subprocess.run(
-        [sys.executable, *script, *arguments], timeout=300, env={**paths, **environment},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_training_and_predicting_at_once_change_no_bit() -> None:

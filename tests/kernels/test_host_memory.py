@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +10,8 @@ import numpy as np
 import pytest
 from backprop_kernels import host_memory
 from backprop_kernels.host_memory import CHUNK, HUGE, LINE, zeros
+
+from tests.outside import outside
 
 SIZES = [0, 1, 15, 16, 17, 1000, CHUNK // 16, CHUNK // 16 + 1, CHUNK // 4, 3 * CHUNK // 4 + 1]
 
@@ -65,10 +64,7 @@ print(resident() - before)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads a process's size in /proc")
 def test_memory_is_given_back() -> None:
     """In a process of its own: in another one, other things come and go meanwhile."""
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    script = [sys.executable, "-c", GIVEN_BACK]
-    out = subprocess.run(script, check=True, capture_output=True, env=paths, timeout=300).stdout
-    held, kept = map(int, out.split())
+    held, kept = map(int, outside(GIVEN_BACK).split())
     assert held > 1.9 * 2**26 and kept < 2**24
 
 
