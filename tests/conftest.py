@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from importlib import import_module
@@ -28,8 +29,13 @@ SLOW_EMULATED = (
 
 
 def pytest_configure() -> None:
-    """A shell starts what it runs in the background with Ctrl-C ignored; its tests need it."""
+    """What a shell or a CI system leaves behind, and tests cannot run with."""
+    # What runs in the background is started with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Where these are set, pytest writes the whole difference of what was found unequal, and
+    # difflib needs hours for the bytes of two arrays that a planted bug made unequal.
+    for name in ("CI", "BUILD_NUMBER"):
+        os.environ.pop(name, None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
