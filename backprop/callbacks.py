@@ -35,6 +35,7 @@ class Training:
     epoch: int = 0  # from 0
     batch: int = 0  # batches of this epoch that were trained on
     done: int = 0  # and rows
+    coming: int = 1  # batches that the next call trains on
     losses: LossSum = field(default_factory=LossSum)  # each times its rows
     loss: float | PendingLoss = field(default=float("nan"))  # of the last batch
     validating: bool = False
@@ -60,7 +61,11 @@ class Training:
     @property
     def position(self) -> float:
         """Epochs since the start, a fraction within an epoch."""
-        return self.epoch + self.done / self.rows
+        return self.position_of(0)
+
+    def position_of(self, coming: int) -> float:
+        """That before one of the batches to come, which are full where they are several."""
+        return self.epoch + (self.done + coming * self.step.gradients.batch_size) / self.rows
 
 
 class Callback:
@@ -69,10 +74,15 @@ class Callback:
     `step_begin` comes before each batch and `step_end` after it; while gradients accumulate,
     `training.step.pending` batches wait for their step. `epoch_end` comes once the epoch is in the
     history, validation included.
+
+    On a CPU one call can train on several batches, unless `step_begin` or `step_end` is overridden.
     """
 
     def fit_begin(self, training: Training) -> None:
         """Before the first step. Refuse here what cannot work."""
+
+    def steps_begin(self, training: Training) -> None:
+        """Before the `training.coming` batches of one call."""
 
     def step_begin(self, training: Training) -> None:
         """Before a batch."""
@@ -112,7 +122,8 @@ class Callbacks:
     """`tell("step_end")`: an event to all callbacks that have a method for it, in order."""
 
     EVENTS = (
-        "fit_begin", "step_begin", "step_end", "validation_begin", "epoch_end", "fit_end"
+        "fit_begin", "steps_begin", "step_begin", "step_end", "validation_begin", "epoch_end",
+        "fit_end",
     )  # fmt: skip
 
     def __init__(self, callbacks: Iterable[Callback], training: Training) -> None:

@@ -159,6 +159,8 @@ def fit(
             while training.epoch < training.epochs and not training.stop:
                 started = time.perf_counter()
                 for number, count, (inputs, *targets) in run.batches(together):
+                    training.coming = count
+                    watching.tell("steps_begin")
                     watching.tell("step_begin")
                     training.count(len(inputs), run.steps(count, noise(inputs, number), *targets))
                     watching.tell("step_end")

@@ -137,10 +137,11 @@ class Schedule(Callback):
     def fit_begin(self, training: Training) -> None:
         self.factor(0.0, training.epochs)
 
-    def step_begin(self, training: Training) -> None:
+    def steps_begin(self, training: Training) -> None:
         batch = training.step.gradients.batch_size * training.step.accumulate
-        factor = self.factor(training.position, training.epochs, batch / training.rows)
-        training.step.update.lr_factor = factor
+        share, factors = batch / training.rows, training.step.update.lr_factors
+        for i in range(training.coming):
+            factors[i] = self.factor(training.position_of(i), training.epochs, share)
 
 
 class Plateau(Callback):
@@ -177,9 +178,10 @@ class Plateau(Callback):
         self.monitor.check(training)
         self._warmup.fit_begin(training)
 
-    def step_begin(self, training: Training) -> None:
-        self._warmup.step_begin(training)
-        training.step.update.lr_factor *= self.scale
+    def steps_begin(self, training: Training) -> None:
+        self._warmup.steps_begin(training)
+        factors = training.step.update.lr_factors
+        factors[: training.coming] = [factor * self.scale for factor in factors[: training.coming]]
 
     def epoch_end(self, training: Training) -> None:
         improved = self.monitor.improved(training)

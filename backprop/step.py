@@ -254,6 +254,7 @@ class TrainStep:
         self._steps += applied
         self.losses = [float(value) for value in values[:applied]]
         self.loss, values[0], norms[0] = float(values[last]), values[last], norms[last]
+        self.update.lr_factor = self.update.lr_factors[last]
         return applied
 
     def flush(self) -> bool:

@@ -105,7 +105,7 @@ class Update:
         # What changes from step to step has a row for each of those that one call makes.
         self.norms = memory.zeros(turns, np.dtype(np.float64))
         self.norm = self.norms[:1].reshape(())
-        self.lr_factor = 1.0  # of a schedule
+        self.lr_factors = [1.0] * turns  # of a schedule
         trained = {n: t for n, t in treatments(optimizer, layout).items() if n not in frozen}
         if not trained:
             raise OptionError(
@@ -174,17 +174,29 @@ class Update:
         )  # fmt: skip
 
     @property
+    def lr_factor(self) -> float:
+        """Of the next step; set, also of those after it."""
+        return self.lr_factors[0]
+
+    @lr_factor.setter
+    def lr_factor(self, value: float) -> None:
+        self.lr_factors[:] = [value] * len(self.lr_factors)
+
+    @property
     def lr(self) -> float:
         """The learning rate of the next step: the optimizer's, by the factor of a schedule."""
         return self.optimizer.lr * self.lr_factor
 
     def prepare(self, step: int, steps: int = 1) -> None:
         """Set the scalars of step `step` (from 1) and the `steps` − 1 after it."""
-        treated = [{**o, "lr": self.lr * scale} for scale, o in self.treated]
+        treated = self.treated
         for i in range(steps):
+            lr = self.optimizer.lr * self.lr_factors[i]
             rows = self.tables[i].reshape(len(treated), -1)
-            for row, options in zip(rows, treated, strict=True):
-                row[self.first :] = self.optimizer.scalars(step + i, **options)
+            for row, (scale, options) in zip(rows, treated, strict=True):
+                row[self.first :] = self.optimizer.scalars(
+                    step + i, **{**options, "lr": lr * scale}
+                )
         self.memory.fill(self._placed, self.scalars)
 
     @property

@@ -126,7 +126,7 @@ def plateau(values: list[float], **options: Any) -> list[float]:
     scales = []
     for epoch, value in enumerate(values):
         training.epoch = epoch
-        schedule.step_begin(training)
+        schedule.steps_begin(training)
         history.append(val_loss=value)
         schedule.epoch_end(training)
         scales.append(schedule.scale)

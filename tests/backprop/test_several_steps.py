@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ ONE_HOT = np.hstack([X[:, :1], np.eye(40, dtype=np.float32)[rng.integers(0, 40, 
 
 def fitted(watched: bool, layers: dict[str, Any], data: Any = X, **options: Any) -> tuple[Any, ...]:
     model = bp.MLP([data.shape[1], 16, 9, 3], seed=1, device="cpu", **layers)
-    given = {"optimizer": bp.AdamW(lr=0.01), "epochs": 3, "batch_size": 8, "seed": 3, **options}
+    given = {"optimizer": bp.AdamW(lr=0.01), "epochs": 3, "batch_size": 8, "seed": 3}
+    given |= deepcopy(options)  # a schedule remembers what it saw
     watchers = [Watches()] if watched else []
     history = bp.fit(model, data, ids, "cross_entropy", callbacks=watchers, progress=False, **given)
     return model.parameters.tobytes(), history["loss"], history["lr"]
@@ -47,6 +49,8 @@ TOGETHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "spans": ({}, {"optimizer": bp.Adam(groups={"*.bias": {"lr_scale": 0.5}}, l2=0.1)}),
     "weights": ({}, {"class_weight": "balanced", "eval_set": (X, ids), "early_stopping": 2}),
     "no short batch, one call": ({}, {"batch_size": 29}),
+    "schedule": ({}, {"schedule": bp.Schedule("cosine", warmup=0.5)}),
+    "plateau": ({}, {"schedule": bp.Plateau("loss", patience=1, min_delta=1, warmup=1.1)}),
     "zeros": ({}, {"data": ONE_HOT, "batch_size": 32}),
 }
 
@@ -72,7 +76,6 @@ ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "array code": ({}, {"optimizer": bp.Muon()}),
     "accumulated": ({}, {"accumulate": 2}),
     "noise": ({}, {"input_noise": 0.1}),
-    "schedule": ({}, {"schedule": "cosine"}),
     "average": ({}, {"ema": 0.9}),
     "in order": ({}, {"shuffle": False}),
 }
