@@ -18,7 +18,7 @@ SIZES = (0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64
 LONG_SIZES = (*SIZES, 255, 256, 1000, 4097)
 # Past the sizes where a matrix is packed, a sum is split and threads share the work.
 LARGE = [
-    (a, b, c) for sizes in ((1031, 530, 13), (1024, 97, 33)) for a, b, c in permutations(sizes)
+    (a, b, c) for sizes in ((1553, 530, 13), (1024, 97, 33)) for a, b, c in permutations(sizes)
 ]
 
 Pair = tuple[Array, Array]

@@ -24,13 +24,17 @@ from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 from backprop_kernels.cpu.threads import available_cpus, get_num_threads
 from backprop_kernels.cpu.tile import host_shape
 
-BLOCK_K = 256  # steps of K per pass, about: a panel of B then stays in L1 below all rows of A
-ROWS = 144  # of A per pass: with them, C and the panels of B fit in a 2 MB L2
+# Steps of K per pass, about. Panels of B then stream from L2; passes so short that one of them
+# stays in L1 cost more, for each reads and writes all of C.
+BLOCK_K = 1024
+PANELS = 2**17  # elements of B packed at a time: a quarter of a 2 MB L2
+COLUMNS_OF_PACKED_A = 4  # times as many where each group of columns packs A anew
+ROWS = 144  # of A per pass, between two epilogues
 BLOCK_ROWS = 1024  # rows of a block where B is packed for each pass of each block
-GROUP_COLUMNS = 1024  # of C: beyond, the panels of B leave L2 between rows of A
-# Bytes from row to row up to which a matrix is read as it lies. Beyond, every row is another page
-# and rows fall into the same cache sets: it is packed.
-DIRECT = 2048
+# Bytes from row to row up to which a matrix whose rows run across K is read as it lies. Beyond,
+# every step of K is another page, and they fall into the same cache sets: it is packed.
+DIRECT = 1024
+DIRECT_K = 256  # steps of K per pass over a B that is read as it lies
 LONG_K = 2048  # beyond, B comes from memory, and faster in its own order than in the tiles'
 REUSED = 256  # columns of C from which packing A pays
 FEW_ROWS = 16  # rows of C up to which packing B does not pay
@@ -63,20 +67,22 @@ def multiply(
     lanes, width, height = shape.lanes(str(C.dtype)), shape.columns(str(C.dtype)), shape.rows
     most_threads = max(get_num_threads(), available_cpus())
 
-    passes = max(1, round(K / BLOCK_K))
-    pass_K = max(1, -(-K // (passes * lanes)) * lanes)
     packs_B = B.strides[1] != size or B.strides[0] > DIRECT or K > LONG_K
+    passes = max(1, round(K / (BLOCK_K if packs_B else DIRECT_K)))
+    pass_K = max(1, -(-K // (passes * lanes)) * lanes)
     if packs_B and B.strides[1] == size and M <= FEW_ROWS:
         packs_B, pass_K = False, FEW_ROWS_K
     splits = 2 if epilogue is None and K >= SPLIT_K and M * N <= SPLIT_SIZE else 1
     unit = LEAF_ROWS if finish else height  # of rows: column sums are taken leaf by leaf
     threads = -(-get_num_threads() // splits)
-    parts, across, block = _divide(M, N, threads, packs_B, passes > 1, unit, width)
-    packs_A = max(A.strides) > DIRECT and N // across >= REUSED
+    packs_A = A.strides[0] == size and A.strides[1] > DIRECT
+    columns = (COLUMNS_OF_PACKED_A if packs_A else 1) * PANELS // pass_K
+    parts, across, block = _divide(M, N, threads, packs_B, columns, passes > 1, unit, width)
+    packs_A = packs_A and N // across >= REUSED
 
     # What each thread packs, for one pass: rows of A, then its group's columns of B.
     A_size = packs_A * (min(block, ROWS) + height) * min(K, pass_K) * size
-    columns = -(-N // (across * lanes)) * lanes
+    columns = -(-N // (across * width)) * width
     B_size = (-(-columns // width) if packs_B else 1) * min(K, pass_K) * width * size
     buffers = scratch((most_threads, A_size + B_size), np.uint8)
     partial = scratch((splits - 1, M, N), C.dtype)
@@ -95,15 +101,16 @@ def multiply(
 
 
 def _divide(
-    M: int, N: int, threads: int, packs_B: bool, many_passes: bool, unit: int, width: int
-) -> tuple[int, int, int]:
+    M: int, N: int, threads: int, packs_B: bool, group_columns: int, many_passes: bool,
+    unit: int, width: int,
+) -> tuple[int, int, int]:  # fmt: skip
     """How C is cut: parts of its rows, parts across, rows of a block.
 
     Threads share A or B: by columns each packs its own part of B and reads all of A, by rows the
     reverse.
     """
     units, panels = max(1, -(-M // unit)), max(1, -(-N // width))
-    across = -(-N // GROUP_COLUMNS)
+    across = -(-N // group_columns)
     by_rows = M >= 4 * N if packs_B else M > N
     if not by_rows:
         across = -(-across // threads) * threads
@@ -142,15 +149,15 @@ def _kernel(dtype: str) -> Callable[..., None]:
         B_panels = A_panels + args[A_SIZE]
         parts, across, splits = args[PARTS], args[ACROSS], args[SPLITS]
         unit, tickets = args[UNIT], int64s(args[TICKETS])
-        units, slices = (M + unit - 1) // unit, (N + lanes - 1) // lanes
+        units, slices = (M + unit - 1) // unit, (N + width - 1) // width
         groups = splits * parts * across
         packed = -1
         for turn in range(groups):
             group = (thread * groups // threads + turn) % groups
             j, part, split = group % across, group // across % parts, group // across // parts
             top, bottom = part * units // parts * unit, min((part + 1) * units // parts * unit, M)
-            left = j * slices // across * lanes
-            columns = min((j + 1) * slices // across * lanes, N) - left
+            left = j * slices // across * width
+            columns = min((j + 1) * slices // across * width, N) - left
             direct = 0 if args[PACKS_B] != 0 else columns // width * width  # then a ragged panel
             low, high = split * K // splits, (split + 1) * K // splits
             C = args[C_] if split == 0 else args[PARTIAL] + (split - 1) * M * N * size
@@ -215,13 +222,13 @@ def _multiply_panels(dtype: str) -> Any:
         B_panels = A_panels + args[A_SIZE]
         C += (row * c_row + left) * size
         A_count, B_count = (rows + height - 1) // height, (columns + width - 1) // width
-        # A packed panel of B stays in L1 while those of A pass by; one that is read as it lies does
-        # not fit there, for its rows share cache sets: A then stays.
-        packs_B = args[PACKS_B] != 0
-        inner = A_count if packs_B else B_count
+        # Either a panel of A stays in L1 while the group's of B pass by in L2, or, where A is
+        # packed for more columns than L2 holds of B, one of B stays in L2 while those of A pass by.
+        B_stays = args[PACKS_B] != 0 and not along
+        inner = A_count if B_stays else B_count
         for n in range(A_count * B_count):
             p, i = n // inner, n % inner
-            if not packs_B:
+            if not B_stays:
                 p, i = i, p
             j = p * width
             b, b_step = B + j * size, args[B_K]
