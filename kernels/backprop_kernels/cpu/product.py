@@ -34,7 +34,7 @@ BLOCK_ROWS = 1024  # rows of a block where B is packed for each pass of each blo
 # Bytes from row to row up to which a matrix whose rows run across K is read as it lies. Beyond,
 # every step of K is another page, and they fall into the same cache sets: it is packed.
 DIRECT = 1024
-DIRECT_K = 256  # steps of K per pass over a B that is read as it lies
+DIRECT_K = 256  # steps of K per pass over such a matrix
 LONG_K = 2048  # beyond, B comes from memory, and faster in its own order than in the tiles'
 REUSED = 256  # columns of C from which packing A pays
 FEW_ROWS = 16  # rows of C up to which packing B does not pay
@@ -68,14 +68,15 @@ def multiply(
     most_threads = max(get_num_threads(), available_cpus())
 
     packs_B = B.strides[1] != size or B.strides[0] > DIRECT or K > LONG_K
-    passes = max(1, round(K / (BLOCK_K if packs_B else DIRECT_K)))
+    along = A.strides[1] == size
+    packs_A = not along and A.strides[1] > DIRECT
+    passes = max(1, round(K / (BLOCK_K if packs_B and (along or packs_A) else DIRECT_K)))
     pass_K = max(1, -(-K // (passes * lanes)) * lanes)
     if packs_B and B.strides[1] == size and M <= FEW_ROWS:
         packs_B, pass_K = False, FEW_ROWS_K
     splits = 2 if epilogue is None and K >= SPLIT_K and M * N <= SPLIT_SIZE else 1
     unit = LEAF_ROWS if finish else height  # of rows: column sums are taken leaf by leaf
     threads = -(-get_num_threads() // splits)
-    packs_A = A.strides[0] == size and A.strides[1] > DIRECT
     columns = (COLUMNS_OF_PACKED_A if packs_A else 1) * PANELS // pass_K
     parts, across, block = _divide(M, N, threads, packs_B, columns, passes > 1, unit, width)
     packs_A = packs_A and N // across >= REUSED
@@ -136,7 +137,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
     from backprop_kernels.cpu.vector_loop import vector_loop
 
     shape = host_shape()
-    lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
+    width, height = shape.columns(dtype), shape.rows
     size = getattr(types, dtype).bitwidth // 8
     add = vector_loop(lambda x, y: (x + y,), dtype, 2)
     multiply_panels = _multiply_panels(dtype)
