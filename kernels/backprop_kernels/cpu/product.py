@@ -36,7 +36,7 @@ BLOCK_ROWS = 1024  # rows of a block where B is packed for each pass of each blo
 DIRECT = 1024
 DIRECT_K = 256  # steps of K per pass over such a matrix
 LONG_K = 2048  # beyond, B comes from memory, and faster in its own order than in the tiles'
-REUSED = 256  # columns of C from which packing A pays
+REUSED = 96  # columns of C from which packing A pays
 FEW_ROWS = 16  # rows of C up to which packing B does not pay
 FEW_ROWS_K = 32  # there B is read as it lies, in passes so short that its pages stay in the TLB
 
