@@ -137,8 +137,8 @@ def interleaved(
 ) -> dict[str, tuple[float, float]]:
     """(median, best) seconds of each contender; they take turns, so a busy machine slows all.
 
-    A turn is many calls in a row, after a pause and the first quarter of them not counted: each
-    library's threads then wait for their own work and not for the other's.
+    A turn is several calls in a row, after a pause and the first, or a quarter as many, not
+    counted: each library's threads then wait for their own work and not for the other's.
     """
     once: dict[str, float] = {}
     for name, call in contenders.items():
@@ -151,10 +151,11 @@ def interleaved(
         for name, call in contenders.items():
             time.sleep(SETTLE)
             calls = max(3, int(seconds / rounds / len(contenders) / once[name]))
-            for i in range(calls + calls // 4):
+            before = max(1, calls // 4)
+            for i in range(before + calls):
                 started = time.perf_counter()
                 call()
-                if i >= calls // 4:
+                if i >= before:
                     times[name].append(time.perf_counter() - started)
     return {name: (median(t), min(t)) for name, t in times.items()}
 
