@@ -137,7 +137,7 @@ def test_broken_off_at_any_line_and_resumed(
         saved = None if folder is None else bp.Checkpoint(folder, seconds=1e9)
         history = bp.fit(
             model, X, ids, "cross_entropy", epochs=2, batch_size=8, progress=False,
-            checkpoint=saved, resume=resume,
+            checkpoint=saved, resume=resume, schedule="one_cycle",
         )  # fmt: skip
         return model.parameters.tobytes(), history.get("loss"), history.interrupted
 
