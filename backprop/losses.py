@@ -119,6 +119,8 @@ class Loss:
             if look:
                 self._class_ids(y.get(), classes, look)
             return contiguous(y, np.int64)
+        if y.dtype == np.int64 and y.size and np.maximum.reduce(y.view(np.uint64)) < classes:
+            return np.ascontiguousarray(y)  # as most are: one look, for none is negative either
         ids = y.astype(np.int64, copy=False) if y.dtype.kind in "iub" else np.trunc(y)
         ignored = ids == self.options["ignore_index"]
         with np.errstate(invalid="ignore"):
