@@ -181,7 +181,8 @@ class Plateau(Callback):
     def steps_begin(self, training: Training) -> None:
         self._warmup.steps_begin(training)
         factors = training.step.update.lr_factors
-        factors[: training.coming] = [factor * self.scale for factor in factors[: training.coming]]
+        for i in range(training.coming):
+            factors[i] *= self.scale
 
     def epoch_end(self, training: Training) -> None:
         improved = self.monitor.improved(training)
