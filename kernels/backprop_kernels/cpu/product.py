@@ -77,14 +77,14 @@ def multiply(
     splits = 2 if epilogue is None and K >= SPLIT_K and M * N <= SPLIT_SIZE else 1
     unit = LEAF_ROWS if finish else height  # of rows: column sums are taken leaf by leaf
     threads = -(-get_num_threads() // splits)
-    columns = (COLUMNS_OF_PACKED_A if packs_A else 1) * PANELS // pass_K
-    parts, across, block = _divide(M, N, threads, packs_B, columns, passes > 1, unit, width)
+    group_columns = (COLUMNS_OF_PACKED_A if packs_A else 1) * PANELS // pass_K
+    parts, across, block = _divide(M, N, threads, packs_B, group_columns, passes > 1, unit, width)
     packs_A = packs_A and N // across >= REUSED
 
     # What each thread packs, for one pass: rows of A, then its group's columns of B.
     A_size = packs_A * (min(block, ROWS) + height) * min(K, pass_K) * size
-    columns = -(-N // (across * width)) * width
-    B_size = (-(-columns // width) if packs_B else 1) * min(K, pass_K) * width * size
+    panels = -(-N // (across * width)) if packs_B else 1
+    B_size = panels * min(K, pass_K) * width * size
     buffers = scratch((most_threads, A_size + B_size), np.uint8)
     partial = scratch((splits - 1, M, N), C.dtype)
     tickets = np.zeros(splits * parts * across, np.int64)
@@ -150,15 +150,15 @@ def _kernel(dtype: str) -> Callable[..., None]:
         B_panels = A_panels + args[A_SIZE]
         parts, across, splits = args[PARTS], args[ACROSS], args[SPLITS]
         unit, tickets = args[UNIT], int64s(args[TICKETS])
-        units, slices = (M + unit - 1) // unit, (N + width - 1) // width
+        units, panels = (M + unit - 1) // unit, (N + width - 1) // width
         groups = splits * parts * across
         packed = -1
         for turn in range(groups):
             group = (thread * groups // threads + turn) % groups
             j, part, split = group % across, group // across % parts, group // across // parts
             top, bottom = part * units // parts * unit, min((part + 1) * units // parts * unit, M)
-            left = j * slices // across * width
-            columns = min((j + 1) * slices // across * width, N) - left
+            left = j * panels // across * width
+            columns = min((j + 1) * panels // across * width, N) - left
             direct = 0 if args[PACKS_B] != 0 else columns // width * width  # then a ragged panel
             low, high = split * K // splits, (split + 1) * K // splits
             C = args[C_] if split == 0 else args[PARTIAL] + (split - 1) * M * N * size
