@@ -103,26 +103,39 @@ def test_programs_of_two_threads_that_live_for_one_call() -> None:
     outside(BRIEF)
 
 
-def test_ctrl_c_while_a_worker_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program is run before the exception goes on: no worker waits at a barrier for ever."""
+def test_sleeping_workers_are_woken() -> None:
+    """Between two programs a worker may be spinning, falling asleep, or asleep."""
     model = bp.MLP([64, 256, 256, 10])
     many = rng.standard_normal((4096, 64)).astype(np.float32)
-    expected = model.predict(many)
-    wake, woken = threads._Pool._wake, []
+    expected = model.predict(many).tobytes()
+    for pause in np.tile(np.linspace(0, 0.004, 40), 5):
+        time.sleep(pause)
+        assert model.predict(many).tobytes() == expected
 
-    def interrupted(self: threads._Pool, count: int) -> None:
-        woken.append(count)
-        if len(woken) == 1:
-            raise KeyboardInterrupt
-        wake(self, count)
 
-    monkeypatch.setattr(threads._Pool, "_wake", interrupted)
-    time.sleep(0.1)  # it parks
-    if threads.get_num_threads() > 1:
-        with pytest.raises(KeyboardInterrupt):
-            model.predict(many)
-    assert np.array_equal(model.predict(many), expected)
-    assert len(woken) > 1 or threads.get_num_threads() == 1
+CROWDED = """
+import os
+import numpy as np
+import backprop as bp
+X, ids = np.random.default_rng(0).standard_normal((512, 64)).astype(np.float32), np.arange(512) % 10
+def trained():
+    model = bp.MLP([64, 256, 10], "gelu", dropout=0.1, seed=0)
+    bp.fit(model, X, ids, loss="cross_entropy", epochs=20, batch_size=256, progress=False)
+    return model.parameters.tobytes()
+bp.set_num_threads(1)
+alone = trained()
+bp.set_num_threads(8)
+assert trained() == alone
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+bp.set_num_threads(5)
+assert trained() == alone
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_more_threads_than_cores() -> None:
+    """A thread that waits for one without a core sleeps, and nobody misses being woken."""
+    outside(CROWDED)
 
 
 def test_training_and_predicting_at_once_change_no_bit() -> None:

@@ -1,4 +1,4 @@
-"""What kernels say to memory: typed pointers, atomics, calls by address, the barrier.
+"""What kernels say to memory: typed pointers, atomics, calls by address, waiting for one another.
 
 Kernels get addresses as integers; these Numba intrinsics turn them into instructions.
 """
@@ -14,9 +14,10 @@ from numba import types
 from numba.core.cgutils import alloca_once, get_or_insert_function
 from numba.extending import intrinsic
 
+from backprop_kernels.cpu.threads import CONDITION, COUNT, GENERATION, MUTEX, SLEEPERS
+
 INT64 = ir.IntType(64)
-SPINS = 4000  # a spin is ~50 ns; past this the partner has lost its core: let it run
-COUNT, GENERATION = 0, 8  # the barrier's two words, a cache line apart
+SPINS = 4000  # a spin is ~50 ns; past this the partner has lost its core: let it have this one
 
 
 def pointer(dtype: Any) -> Any:
@@ -101,17 +102,23 @@ def pause(typing_context: Any) -> Any:
     return types.void(), generate
 
 
-@intrinsic
-def yield_core(typing_context: Any) -> Any:
-    """Let the operating system run another thread on this core."""
+def posix(name: str) -> Any:
+    """An intrinsic that calls a function of the C library on two addresses; 0 for none."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        yielder = get_or_insert_function(builder.module, kind, "sched_yield")
-        builder.call(yielder, [])
-        return context.get_dummy_value()
+    @intrinsic
+    def call(typing_context: Any, a: Any, b: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind = ir.FunctionType(ir.IntType(32), [INT64, INT64])
+            builder.call(get_or_insert_function(builder.module, kind, name), arguments)
+            return context.get_dummy_value()
 
-    return types.void(), generate
+        return types.void(types.int64, types.int64), generate
+
+    return call
+
+
+new_mutex, lock, unlock = (posix(f"pthread_mutex_{n}") for n in ("init", "lock", "unlock"))
+new_condition, sleep, wake_all = (posix(f"pthread_cond_{n}") for n in ("init", "wait", "broadcast"))
 
 
 @intrinsic
@@ -163,6 +170,35 @@ call_epilogue = caller(5)  # (entry, args, row, rows, column, columns)
 
 
 @numba.njit(error_model="numpy", _nrt=False)
+def wait(sync, words, index, value, spins):
+    """Until `words[index]` is no longer `value`; after so many spins asleep.
+
+    A thread that sleeps gives its core away, to the very one it waits for where others crowd in.
+    """
+    for _ in range(spins):
+        if atomic_load(words, index) != value:
+            return
+        pause()
+    # Say so first, look after: who changes the word in between sees that it must wake someone.
+    atomic_add(int64s(sync), SLEEPERS, 1)
+    mutex, condition = sync + 8 * MUTEX, sync + 8 * CONDITION
+    lock(mutex, 0)
+    while atomic_load(words, index) == value:
+        sleep(condition, mutex)
+    unlock(mutex, 0)
+    atomic_add(int64s(sync), SLEEPERS, -1)
+
+
+@numba.njit(error_model="numpy", _nrt=False)
+def wake(sync):
+    """All who sleep in `wait`: after a word was changed."""
+    if atomic_load(int64s(sync), SLEEPERS) != 0:
+        lock(sync + 8 * MUTEX, 0)  # by now each sleeps, or has seen the word
+        unlock(sync + 8 * MUTEX, 0)
+        wake_all(sync + 8 * CONDITION, 0)
+
+
+@numba.njit(error_model="numpy", _nrt=False)
 def barrier(sync, threads):
     """Wait until all `threads` are here; what each wrote before is then seen by all."""
     if threads == 1:
@@ -172,13 +208,9 @@ def barrier(sync, threads):
     if atomic_add(words, COUNT, 1) == threads - 1:
         atomic_exchange(words, COUNT, 0)
         atomic_add(words, GENERATION, 1)
+        wake(sync)
         return
-    spins = 0
-    while atomic_load(words, GENERATION) == generation:
-        pause()
-        spins += 1
-        if spins > SPINS:
-            yield_core()
+    wait(sync, words, GENERATION, generation, SPINS)
 
 
 @numba.njit(error_model="numpy", _nrt=False)

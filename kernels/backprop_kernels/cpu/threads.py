@@ -1,14 +1,13 @@
 """The threads that kernels run on: an own small pool, safe to use from any thread and after fork.
 
 A worker waits inside compiled code, without the GIL, for a few milliseconds after its last program,
-so that the next step starts in a microsecond; then it parks on a Python lock and costs nothing. A
-thread that finds the pool busy runs its program alone: results do not depend on how many took part.
+so that the next step starts in a microsecond; then it sleeps there and costs nothing. A thread that
+finds the pool busy runs its program alone: results do not depend on how many took part.
 """
 
 from __future__ import annotations
 
 import _thread
-import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -21,10 +20,12 @@ from backprop_kernels.cpu.compile import address, call
 from backprop_kernels.errors import OptionError
 
 # Words of the control block, each on its own cache line. Every worker has a line of its own, from
-# WORKERS on: the number of its latest order, the number it has taken, and whether it is parked.
-TABLE, SYNC, THREADS, RUN, MUST_WAKE, WORKERS = 0, 8, 16, 24, 32, 40
-ORDERED, TAKEN, STATE = 0, 1, 2
-AWAKE, PARKED = 0, 1
+# WORKERS on: the number of its latest order, and the number it has taken.
+TABLE, SYNC, THREADS, RUN, WORKERS = 0, 8, 16, 24, 32
+ORDERED, TAKEN = 0, 1
+# Where the threads meet (`sync`): the barrier's two words, how many sleep, and what they sleep on,
+# a POSIX mutex and condition, with more room than any system's take.
+COUNT, GENERATION, SLEEPERS, MUTEX, CONDITION, MEETING_WORDS = 0, 8, 16, 24, 40, 56
 NO_MORE = 2**40  # in a ticket counter: no work is left; times the rows of a piece no overflow
 WAIT_SPINS = 40_000  # ~2 ms: longer than the Python between two steps, shorter than is rude
 
@@ -157,53 +158,32 @@ def run_aside(work: Callable[[], None], stop: Callable[[], None]) -> None:
 
 class _Pool:
     def __init__(self, size: int, runner: int) -> None:
+        self._size = size
         self._control = np.zeros(WORKERS + 8 * size, np.int64)
         self._control[RUN] = runner
-        # The barrier's words are the pool's, not a program's: a worker may still be on its way out
-        # of the last barrier when the program is gone and its memory another's.
-        self._sync = np.zeros(16, np.int64)
+        # Where threads meet is the pool's, not a program's: a worker may still be on its way out of
+        # the last barrier when the program is gone and its memory another's.
+        self._sync = np.zeros(MEETING_WORDS, np.int64)
         self._control[SYNC] = self._sync.ctypes.data
         self._address = int(self._control.ctypes.data)
         self._start = call(address(_starter, 3))
-        self._closed = False
-        self._parks = [threading.Lock() for _ in range(size)]
+        self._start(_SCRATCH, _SCRATCH, self._address, 0, 0, 0, 0)
         entry = call(address(_worker, 2))
         for index in range(1, size):
-            self._parks[index].acquire()
             worker = threading.Thread(
                 target=self._work, args=(entry, index), daemon=True, name=f"backprop-{index}"
             )
             worker.start()
 
     def _work(self, entry: Callable[..., int], index: int) -> None:
-        while not self._closed:
-            entry(_SCRATCH, _SCRATCH, self._address, index, 0, 0, 0)  # until it parks
-            self._parks[index].acquire()
-            self._control[WORKERS + 8 * index + STATE] = AWAKE
+        entry(_SCRATCH, _SCRATCH, self._address, index, 0, 0, 0)  # until the pool is closed
 
     def run(self, runner: int, table: int, count: int) -> None:
         self._start(_SCRATCH, _SCRATCH, self._address, table, count, 0, 0)
-        if self._control[MUST_WAKE]:  # the program is ordered, but this thread has not begun it
-            try:
-                self._wake(count)
-            except BaseException:  # of a signal: workers on their way would wait for the others
-                self._wake(count)
-                raise
-            finally:
-                call(runner)(_SCRATCH, _SCRATCH, table, int(self._control[SYNC]), 0, count, 0)
-
-    def _wake(self, count: int) -> None:
-        for index in range(1, count):
-            if self._control[WORKERS + 8 * index + STATE] == PARKED:
-                with contextlib.suppress(RuntimeError):  # already released: it is on its way
-                    self._parks[index].release()
 
     def close(self) -> None:
-        """Let the workers end once they are parked."""
-        self._closed = True
-        for park in self._parks[1:]:
-            with contextlib.suppress(RuntimeError):
-                park.release()
+        """Let the workers end."""
+        self._start(_SCRATCH, _SCRATCH, self._address, 0, self._size, 0, 0)
 
 
 def _after_fork() -> None:
@@ -214,42 +194,45 @@ def _after_fork() -> None:
 
 
 def _starter() -> Callable[..., None]:
-    """Order a program and run this thread's part, unless a worker must be woken first."""
-    from backprop_kernels.cpu.memory import atomic_add, atomic_load, call_kernel
+    """Order a program, or with no table the end, and run this thread's part.
+
+    For no threads at all: make what they will sleep on.
+    """
+    from backprop_kernels.cpu.memory import (
+        atomic_add,
+        call_kernel,
+        new_condition,
+        new_mutex,
+        wake,
+    )
 
     def start(control, table, threads):
+        if threads == 0:
+            new_mutex(control[SYNC] + 8 * MUTEX, 0)
+            new_condition(control[SYNC] + 8 * CONDITION, 0)
+            return
         control[TABLE] = table
         control[THREADS] = threads
-        must_wake = 0
         for index in range(1, threads):
             atomic_add(control, WORKERS + 8 * index + ORDERED, 1)
-            if atomic_load(control, WORKERS + 8 * index + STATE) == PARKED:
-                must_wake = 1
-        control[MUST_WAKE] = must_wake
-        if must_wake == 0:
+        wake(control[SYNC])
+        if table != 0:
             call_kernel(control[RUN], table, control[SYNC], 0, threads)
 
     return start
 
 
 def _worker() -> Callable[..., None]:
-    """Take orders until none comes for a while, then park and return."""
-    from backprop_kernels.cpu.memory import atomic_exchange, atomic_load, call_kernel, pause
+    """Take orders, until one is to end."""
+    from backprop_kernels.cpu.memory import call_kernel, wait
 
     def work(control, index):
         me = WORKERS + 8 * index
         while True:
-            spins = 0
-            while atomic_load(control, me + ORDERED) == control[me + TAKEN]:
-                pause()
-                spins += 1
-                if spins > WAIT_SPINS:
-                    # Say so first, look again after: an order between the two must not be lost.
-                    atomic_exchange(control, me + STATE, PARKED)
-                    if atomic_load(control, me + ORDERED) == control[me + TAKEN]:
-                        return
-                    atomic_exchange(control, me + STATE, AWAKE)
+            wait(control[SYNC], control, me + ORDERED, control[me + TAKEN], WAIT_SPINS)
             control[me + TAKEN] += 1
+            if control[TABLE] == 0:
+                return
             call_kernel(control[RUN], control[TABLE], control[SYNC], index, control[THREADS])
 
     return work
