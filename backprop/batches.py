@@ -3,7 +3,8 @@
 A memory map, an HDF5 or Zarr dataset, anything else with `shape` and slicing, is *streamed*: a
 thread reads and checks the next rows while the engine works on these. Memory then holds a few
 windows of rows, whatever the size of the file. Of a memory map that lies as the kernels take it
-nothing is copied: the thread has its pages fetched, and they are checked between steps.
+nothing is copied: the thread has its pages fetched, and they are checked between steps. An HDF5
+dataset that lies in its file in one piece is mapped.
 """
 
 from __future__ import annotations
@@ -46,6 +47,26 @@ def is_streamed(source: Any) -> bool:
     return sliced and not any(hasattr(source, name) for name in in_memory)
 
 
+def map_file(dataset: Any) -> Any:
+    """A memory map of the numbers of an HDF5 dataset where they lie in its file as in an array.
+
+    Anything else is given back. Nobody may be writing: what HDF5 has in its buffers is not there.
+    """
+    try:
+        file = dataset.file
+        if file.mode != "r" or file.driver not in ("sec2", "stdio") or dataset.external:
+            return dataset
+        offset = dataset.id.get_offset()  # None of chunks, and of what is spread over files
+        if offset is None:
+            return dataset
+        found = np.memmap(file.filename, dataset.dtype, "r", offset, dataset.shape)
+        ends = (slice(0, 1), slice(len(found) - 1, len(found)))
+        same = all(found[end].tobytes() == dataset[end].tobytes() for end in ends)
+    except (AttributeError, OSError, TypeError, ValueError):
+        return dataset
+    return found if same else dataset
+
+
 class Rows:
     """A matrix outside memory: `read` gives rows of it as the kernels take them.
 
@@ -54,7 +75,7 @@ class Rows:
     """
 
     def __init__(self, source: Any, checked: Callable[[Any, bool], Array]) -> None:
-        self.source = source
+        self.source = source = map_file(source)
         self.checked = checked
         # Wrong columns, a wrong kind: found before anything is read.
         sample = checked(source[:1], False)

@@ -1,8 +1,8 @@
 """Data larger than memory beside the same data in it: `make bench-stream`.
 
 The flights' shape, 155-256-128-1 in batches of 1,024, on made-up rows: three epochs of fit, predict
-and evaluate, on an array, a memory map and an HDF5 dataset of the same numbers, interleaved. The
-file has just been written: it is read from the page cache, as fast as anything can deliver it.
+and evaluate, on an array, a memory map and HDF5 datasets of the same numbers, interleaved. The
+files have just been written: they come from the page cache, as fast as anything can deliver them.
 Prints rows a second and their ratio to memory's, and appends a line to results/stream.csv.
 """
 
@@ -40,7 +40,12 @@ def main() -> None:
     y = rng.integers(0, 2, options.rows).astype(np.float32)
     row = {"rows": str(options.rows), "threads": str(options.threads)}
     with tempfile.TemporaryDirectory() as folder:
-        sources = {"memory": X, "memmap": mapped(Path(folder), X), "hdf5": hdf5(Path(folder), X)}
+        sources = {
+            "memory": X,
+            "memmap": mapped(Path(folder), X),
+            "hdf5": hdf5(Path(folder) / "piece.h5", X, None),
+            "chunks": hdf5(Path(folder) / "chunks.h5", X, (BATCH, COLUMNS)),
+        }
         print(f"{'':<12}" + "".join(f"{name:>16}" for name in sources))
         for task, make in (("fit", fitting), ("predict", predicting), ("evaluate", evaluating)):
             contenders = {name: make(source, y) for name, source in sources.items()}
@@ -61,9 +66,11 @@ def mapped(folder: Path, X: Array) -> Array:
     return mapping
 
 
-def hdf5(folder: Path, X: Array) -> Any:
-    """The same numbers in an HDF5 dataset of one piece."""
-    return h5py.File(folder / "rows.h5", "w").create_dataset("X", data=X)
+def hdf5(file: Path, X: Array, chunks: tuple[int, int] | None) -> Any:
+    """The same numbers in an HDF5 dataset, of one piece or in chunks of rows."""
+    with h5py.File(file, "w") as writing:
+        writing.create_dataset("X", data=X, chunks=chunks)
+    return h5py.File(file)["X"]
 
 
 def fitting(X: Any, y: Array) -> Callable[[], object]:

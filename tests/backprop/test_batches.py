@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from backprop_kernels.arrays import Array
 
 import backprop as bp
 from backprop import batches
-from backprop.batches import Batches, Rows, _ahead, is_streamed
+from backprop.batches import Batches, Rows, _ahead, is_streamed, map_file
 from backprop.memory import HOST
 from backprop.resume import SAMPLE_ROWS, digest
 from tests.outside import outside
@@ -110,10 +111,62 @@ def test_shuffled_fit_has_the_bits_of_memory_in_its_order(device: str) -> None:
     assert streamed == (losses, twin.parameters.tobytes())
 
 
-KINDS = ("map", "map by columns", "map of float64", "read_direct", "chunks")
+class Hdf5(Direct):
+    """What h5py says of a dataset in one piece, which lies in a file behind `offset` bytes."""
+
+    mode, driver, external, file = "r", "sec2", None, property(lambda self: self)
+
+    def __init__(self, array: Array, folder: Path, offset: int | None = 64) -> None:
+        super().__init__(array)
+        self.filename, self.offset = str(folder / "rows.h5"), offset
+        Path(self.filename).write_bytes(bytes(64) + array.tobytes())
+
+    @property
+    def id(self) -> Any:
+        return SimpleNamespace(get_offset=lambda: self.offset)
+
+
+def test_hdf5_in_one_piece_is_mapped(tmp_path: Path) -> None:
+    for dtype in ("f4", "f8", "i2", ">f4"):
+        array = (100 * X).astype(dtype)
+        found = map_file(Hdf5(array, tmp_path))
+        assert isinstance(found, np.memmap) and found.dtype == array.dtype
+        assert found.tobytes() == array.tobytes()
+
+
+def test_other_datasets_are_not_mapped(tmp_path: Path) -> None:
+    """Chunks; open for writing; in memory; in several files; another place; gone."""
+    strange = {"mode": "r+", "driver": "core", "external": [("part", 0, 8)]}
+    sources = [Dataset(X), Hdf5(X, tmp_path, None), Hdf5(X, tmp_path, 60)]
+    sources += [Hdf5(X, tmp_path, 10**6), Hdf5(X, tmp_path)]
+    sources[-1].filename += "x"
+    for name, value in strange.items():
+        sources.append(Hdf5(X, tmp_path))
+        setattr(sources[-1], name, value)
+    for source in sources:
+        assert map_file(source) is source
+
+
+def test_hdf5_itself(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(tmp_path / "rows.h5", "w", userblock_size=512) as file:
+        file["piece"] = X
+        file.create_dataset("chunks", data=X, chunks=(10, 6))
+        assert map_file(file["piece"]) == file["piece"]
+    with h5py.File(tmp_path / "rows.h5") as file:
+        found = map_file(file["piece"])
+        assert isinstance(found, np.memmap) and found.tobytes() == X.tobytes()
+        assert map_file(file["chunks"]) == file["chunks"]
+        model, twin = bp.MLP([6, 1]), bp.MLP([6, 1])
+        assert epoch_of(model, (file["piece"], y)) == epoch_of(twin, (Dataset(X), y))
+
+
+KINDS = ("map", "hdf5", "map by columns", "map of float64", "read_direct", "chunks")
 
 
 def source_of(kind: str, folder: Path, array: Array) -> Any:
+    if kind == "hdf5":
+        return Hdf5(array, folder)
     if kind in ("read_direct", "chunks"):
         return Direct(array) if kind == "read_direct" else Dataset(array, chunks=(16, 6))
     wide = array.astype(np.float64) if kind == "map of float64" else array
@@ -127,8 +180,8 @@ def test_rows_are_the_same_however_they_are_read(kind: str, tmp_path: Path) -> N
     source = source_of(kind, tmp_path, X)
     stream = Batches(bp.MLP([1, 1]).backend, [bp.MLP([6, 1]).column(source, "fit"), y], 32)._stream
     assert stream is not None
-    lies = source if isinstance(source, np.ndarray) else X
-    assert np.may_share_memory(stream.sources[0], lies) == (kind == "map")
+    assert np.may_share_memory(stream.sources[0], map_file(source)) == (kind == "map")
+    assert stream._copies == (kind not in ("map", "hdf5"))
     for callbacks in ([], [Watches()]):
         one, other = (
             epoch_of(bp.MLP([6, 5, 1]), (data, y), batch_size=16, callbacks=callbacks)
