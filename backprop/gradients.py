@@ -57,13 +57,21 @@ class Gradients:
         self.keeps_activations = False  # whether someone wants to look at them after a step
         self.why = ""  # the network runs layer by layer, or in one kernel
 
-    def operators(self, batch: int) -> Callable[..., None]:
-        """A function (X, target[, weight]) that runs forward, loss and backward of `batch` rows."""
-        model, loss = self.model, self.loss
-        backend = model.backend if self._backend is None else self._backend
+    @property
+    def backend(self) -> Any:
+        """What computes them: the model's backend, or one in another precision."""
+        return self.model.backend if self._backend is None else self._backend
+
+    def operators(self, batch: int, backend: Any = None, part: Any = None) -> Callable[..., None]:
+        """A function (X, target[, weight]) that runs forward, loss and backward of `batch` rows.
+
+        By another backend than the usual one, where one is given. `part`: of a larger batch, whose
+        gradients go on from where they are.
+        """
+        model, loss, backend = self.model, self.loss, backend or self.backend
         options = options_for_kernel(loss, model.out_features)
         layers, self.why = one_kernel(
-            model, loss.name, backend, batch, self.frozen, self.keeps_activations
+            model, loss.name, backend, batch, self.frozen, self.keeps_activations, part is not None
         )
         if layers is not None:
             return partial(self._whole, backend, layers, options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -48,13 +49,16 @@ class Workspace:
             self._buffers[key] = self.memory.zeros(max(size, self.batch), key[1])
         return self._buffers[key][:size]
 
-    @property
-    def nbytes(self) -> int:
-        """Of all buffers so far."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+    def transposed(self, array: Array) -> Array:
+        """Room for the transpose of what `rows` gave, on a GPU; its rows start on 16 bytes."""
+        key = "transposed", array.data.ptr
+        if key not in self._buffers:
+            length = -(-self.batch * array.itemsize // 16) * 16 // array.itemsize
+            self._buffers[key] = self.memory.zeros((array.shape[1], length), array.dtype)
+        return self._buffers[key][:, : len(array)]
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """How much memory the buffers take."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
@@ -140,6 +144,34 @@ class LinearPass(Pass):
     def gradient(self, X: Array) -> None:
         if self.d_weight is not None:
             self.backend.linear_wgrad(self.dZ, X, out=self.d_weight)
+
+
+class RoundingPass(LinearPass):
+    """For products that read rounded numbers, some of them along the batch: what another such pass
+    reads is rounded as it is made, and copied where that is asked for."""
+
+    X_rounded = Y_rounded = dZ_rounded = False
+    X_copy: Array | None = None
+    Y_copy: Array | None = None
+    dZ_copy: Array | None = None
+
+    def forward(self, X: Array) -> None:
+        self.backend.linear_forward(
+            X, self.weight, self.bias, self.activation, self.dropout, out=(self.Y, self.kept),
+            X_rounded=self.X_rounded, Y_rounded=self.Y_rounded, copy=self.Y_copy,
+        )  # fmt: skip
+
+    def delta(self, X: Array, below: Any) -> None:
+        self.backend.linear_dgrad(
+            self.dZ, self.weight, *below.below(), out=(below.dZ, below.db),
+            dZ_rounded=self.dZ_rounded, dZ_prev_rounded=getattr(below, "dZ_rounded", False),
+            copy=getattr(below, "dZ_copy", None),
+        )  # fmt: skip
+
+    def gradient(self, X: Array) -> None:
+        if self.d_weight is not None:
+            copies = self.dZ_copy, self.X_copy
+            self.backend.linear_wgrad(self.dZ, X, out=self.d_weight, copies=copies)
 
 
 class SparseInputPass(LinearPass):
@@ -238,6 +270,8 @@ class Plan:
         self.batch = batch
         self.passes: list[Pass] = []
         self.recompute = recompute
+        rounds = hasattr(backend, "reads_rounded") and backend.reads_rounded(parameters)
+        linear = RoundingPass if rounds else LinearPass
         first = min(i for i, layer in enumerate(layers) if not isinstance(layer, Dropout))
         last = max(i for i, layer in enumerate(layers) if not isinstance(layer, Dropout))
         for i, layer in enumerate(layers):
@@ -285,7 +319,7 @@ class Plan:
             }
             if isinstance(layer, Linear):
                 sparse = sparse_input and not self.passes
-                self.passes.append((SparseInputPass if sparse else LinearPass)(**common))
+                self.passes.append((SparseInputPass if sparse else linear)(**common))
                 continue
             if isinstance(layer, RMSNorm):
                 common["bias"] = workspace.vector(f"zeros {own}", columns)
@@ -303,6 +337,19 @@ class Plan:
                 )
             )
         self.bottom = next((k for k, p in enumerate(self.passes) if p.layer is layers[bottom]), 0)
+        self._prepare_products(workspace)
+
+    def _prepare_products(self, workspace: Workspace) -> None:
+        """What lies between two passes that read rounded numbers is rounded as it is made, and
+        where a weight's gradient reads it along the batch, written so as well. What other passes
+        make, the backend rounds and copies."""
+        for below, above in pairwise(self.passes):
+            if isinstance(below, RoundingPass) and isinstance(above, RoundingPass):
+                below.Y_rounded = above.X_rounded = below.dZ_rounded = True
+                if _reads_along_batch(above):
+                    below.Y_copy = above.X_copy = workspace.transposed(below.Y)
+                if _reads_along_batch(below):
+                    below.dZ_copy = workspace.transposed(below.dZ)
 
     def forward(self, X: Array) -> Array:
         """Y of the last pass."""
@@ -343,6 +390,11 @@ class Plan:
                 for k in range(i - self.recompute, i - 1):
                     self.passes[k].again(inputs[k])
             self.passes[i].delta(inputs[i], self.passes[i - 1])
+
+
+def _reads_along_batch(p: Pass) -> bool:
+    """Whether its weight's gradient does."""
+    return p.d_weight is not None and p.backend.reads_along_batch(p.dZ, p.d_weight)
 
 
 def _width(layer: Layer) -> int:

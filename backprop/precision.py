@@ -49,11 +49,12 @@ def products(model: Sequential, precision: str | None, where: str) -> Any:
 
 
 def one_kernel(
-    model: Sequential, loss: str, backend: Any, rows: int, frozen: Collection[str], watched: bool
-) -> tuple[list[LinearLayer] | None, str]:
+    model: Sequential, loss: str, backend: Any, rows: int, frozen: Collection[str], watched: bool,
+    part: bool = False,
+) -> tuple[list[LinearLayer] | None, str]:  # fmt: skip
     """The layers for `mlp_step`, where one kernel trains the whole network on batches of `rows`.
 
-    Else None. Either way a sentence that says why.
+    Else None. Either way a sentence that says why. `part`: of a larger batch, whose sums go on.
     """
     others = [type(x).__name__ for x in model.layers if not isinstance(x, Linear)]
     reason = ""
@@ -65,6 +66,8 @@ def one_kernel(
         reason = f"{min(frozen)} is frozen"
     elif watched:
         reason = "activations are looked at after a step"
+    elif part:
+        reason = "the gradients of several batches are added up"
     if reason:
         return None, f"layer by layer, as {reason}"
     offsets = model.layout.offsets

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from math import isfinite, nan
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from backprop_kernels import checks
@@ -21,6 +21,7 @@ from backprop_kernels.errors import (
 )
 from backprop_kernels.precisions import PRECISIONS
 
+from backprop.accumulation import Accumulated
 from backprop.gradients import Gradients
 from backprop.losses import (
     Loss,
@@ -37,16 +38,6 @@ from backprop.queue import PendingLoss, Queue
 from backprop.update import Update
 
 
-class Accumulated(NamedTuple):
-    """What the batches towards the next step sum up to. Replaced, never changed."""
-
-    gradient: Any = None  # Σ weights · gradient
-    mass: float = 0.0  # Σ weights
-    loss: float = 0.0  # Σ weights · loss
-    batches: int = 0
-    lr_factor: float = 1.0  # when the first of them began
-
-
 class TrainStep:
     """`step = TrainStep(model, loss, optimizer, batch_size)`; `loss = step(X, y)` trains once.
 
@@ -61,13 +52,17 @@ class TrainStep:
         clip_norm: scale longer gradients down to this L2 norm.
         seed: of dropout.
         accumulate: how many batches make one step. Their gradients are added as those of one batch
-            of all their rows would be; `flush` makes a step of fewer.
+            of all their rows would be; `flush` makes a step of fewer. On a GPU to the bit, where
+            `step.gradients.why` says so: for batches of whole blocks of rows that weigh the same.
         recompute: keep the activations of every so-many-th layer only, and compute the others again
             in backward: less memory, more time, the same bits.
         autotune: on a GPU, measure which kernel is the fastest for each product, and remember it;
             the bits then depend on the GPU.
         precision: of the products: the model's dtype, or for a float32 model on a GPU "tf32",
             "bf16", "fp16", "bf16x3" or "bf16x6". Sums, parameters and the update stay float32.
+        fused_update: on a GPU, update a weight in the kernel that makes its gradient, where nothing
+            needs the whole gradient first: the same bits, less memory traffic. `step.update.why`
+            says what was done; `step.gradients` then holds no gradients of those weights.
         sparse_input: whether most of X is 0, as one-hot columns are; on a CPU the first layer then
             skips the zeros. A hint: any X is right. `fit` sees for itself.
 
@@ -93,6 +88,7 @@ class TrainStep:
         recompute: int = 1,
         autotune: bool = False,
         sparse_input: bool = False,
+        fused_update: bool = True,
     ) -> None:
         if not isinstance(model, Sequential):
             raise KindError(f"TrainStep: model: expected a model, got {type(model).__name__}")
@@ -109,6 +105,7 @@ class TrainStep:
             )
         self.model = model
         self.autotune = bool(autotune)
+        self.fused_update = bool(fused_update)
         self.optimizer = resolve_optimizer(optimizer)
         backend = products(model, precision, "TrainStep")
         self.gradients = Gradients(
@@ -144,12 +141,14 @@ class TrainStep:
         # Batch norm takes its mean over the whole batch.
         self._room = Room("TrainStep", batch_size, whole=bool(model.statistics))
         self._queue: Queue | None = None
-        if accumulate == 1 and self.loss_scale is None:
+        if self.loss_scale is None and not (accumulate > 1 and autotune):
             device = self.update.stepping(
                 self.gradients.value, self.gradients.placed, list(model.statistics.values())
             )
             if device is not None:
-                self._queue = Queue(self.update, model.memory, device, batch_size, self._refused)
+                self._queue = Queue(
+                    self.update, model.memory, device, batch_size, self._refused, accumulate
+                )
         self._updating: Callable[[], None] | None = None
         # Forward moves running statistics before the step is known to be finite.
         self._statistics = list(model.statistics.values())
@@ -157,11 +156,13 @@ class TrainStep:
         self._before_step = (
             self._before_batch if accumulate == 1 else [v.copy() for v in self._statistics]
         )
+        if self._queue is not None:
+            self._before_step = [before for _, before in self._queue.device.statistics]
 
     @property
     def pending(self) -> int:
         """Batches accumulated towards the next step."""
-        return self._sum.batches
+        return self._sum.batches if self._queue is None else self._queue.pending
 
     @property
     def steps(self) -> int:
@@ -195,7 +196,8 @@ class TrainStep:
             value = self.loss = float(self.gradients.value)
             if self.accumulate > 1:
                 rest = [self.model.memory.numpy(array) for array in arrays[1:]]
-                self._add(value, self.gradients.loss.mass(*rest))
+                mass = self.gradients.loss.mass(*rest)
+                self._sum = before.plus(self.gradients.flat, mass, value, self.update.lr_factor)
                 if self.pending < self.accumulate and isfinite(value):
                     return value
             if self._apart:
@@ -259,6 +261,8 @@ class TrainStep:
 
     def flush(self) -> bool:
         """Make a step of the batches accumulated so far; False where there are none."""
+        if self._queue is not None:
+            return self._queue.flush()
         if not self.pending:
             return False
         try:
@@ -283,7 +287,8 @@ class TrainStep:
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.state_dict()
         if self.pending:
-            state["accumulated"] = self._sum._replace(gradient=memory.numpy(self._sum.gradient))
+            total = self._sum if self._queue is None else self._queue.sum()
+            state["accumulated"] = total._replace(gradient=memory.numpy(total.gradient))
             state["statistics"] = [memory.numpy(value) for value in self._before_step]
         return state
 
@@ -309,14 +314,22 @@ class TrainStep:
             self._queue.restart(self._steps)
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.load_state_dict(state["loss_scale"])
-        if batches.batches:
-            gradient = self.model.memory.zeros(self.gradients.flat.shape, self.model.dtype)
-            ours[-1] = gradient
-            batches = batches._replace(gradient=gradient)
-            self.update.lr_factor = batches.lr_factor
-            self._begin()
         self._copy(theirs, ours)
-        self._sum, self.update.lr_factor = batches, lr_factor
+        self._resume(batches)
+        self.update.lr_factor = lr_factor
+
+    def _resume(self, total: Accumulated) -> None:
+        """Go on from the sum of some batches, if there are any, at the first one's rate."""
+        self._sum = Accumulated()
+        if not total.batches:
+            return
+        self.update.lr_factor = total.lr_factor
+        if self._queue is not None:
+            self._queue.resume(total)
+            return
+        total = total.by(1.0)
+        self._sum = total._replace(gradient=self.model.memory.place(total.gradient))
+        self._begin()
 
     def _overflowed(self) -> bool:
         """Whether a smaller loss scale may make the gradient of this batch finite; it is set."""
@@ -333,25 +346,10 @@ class TrainStep:
         for source, target in zip(sources, targets, strict=True):
             self.model.memory.fill(target, source)
 
-    def _add(self, value: float, mass: float) -> None:
-        """Take in the gradient of one batch, or (where a signal breaks this off) nothing of it."""
-        before = self._sum
-        gradient = self.gradients.flat * self.model.dtype.type(mass)
-        lr_factor = self.update.lr_factor
-        if before.batches:
-            gradient += before.gradient
-            lr_factor = before.lr_factor
-        self._sum = Accumulated(
-            gradient, before.mass + mass, before.loss + mass * value, before.batches + 1, lr_factor
-        )
-
     def _apply(self) -> None:
         """The update as a program of its own, with what no operator does before it."""
         if self.pending:
-            total = self._sum
-            mass = total.mass or 1.0  # 0 where every row was ignored: so is the gradient
-            np.multiply(total.gradient, self.model.dtype.type(1 / mass), out=self.gradients.flat)
-            self.gradients.value[...] = total.loss / mass
+            self.gradients.value[...] = self._sum.mean(self.gradients.flat)
         if isfinite(self.gradients.value):
             self.running = True
             self.update.before()
@@ -430,14 +428,17 @@ class TrainStep:
     def _program(self, *arrays: Array) -> Callable[..., None]:
         key = _key(arrays)
         if key not in self._captured:
-            self._captured[key] = self._capture(arrays)
+            with self.model.memory.autotuned() if self.autotune else nullcontext():
+                self._captured[key] = self._capture(arrays)
         return self._captured[key]
 
     def _make_room(self) -> None:
         """From now on make the gradient of fewer rows at once, and the update after it."""
         if self._queue is not None:
-            self._queue.settle()
+            total, lr_factor = self._queue.sum(), self.update.lr_factor
             self._steps, self._queue = self._queue.steps, None
+            self._resume(total)
+            self.update.lr_factor = lr_factor
         self._apart = True
         self._captured.clear()
         self.gradients.make_room(self._room.rows)
@@ -445,10 +446,10 @@ class TrainStep:
     def _capture(self, arrays: tuple[Array, ...]) -> Callable[..., None]:
         if len(arrays[0]) > self._room.rows:
             return Pieces(self.gradients, self._room.rows, self._program, arrays)
-        backend = self.model.backend
-        gradients = self.gradients.operators(len(arrays[0]))
         if self._queue is not None:
-            self._queue.expect(arrays)
+            with self._queue.part(len(arrays[0])) as part:
+                return self._capture_unattended(self._queue, part, arrays)
+        backend, gradients = self.model.backend, self.gradients.operators(len(arrays[0]))
 
         def step(*inputs: Array) -> None:
             if self.before is not None:
@@ -457,10 +458,23 @@ class TrainStep:
             if not self._apart:
                 self.update.operator(backend, self.gradients.value)
 
-        operators = step if self._queue is None else self._queue.operators(gradients, backend)
-        captured: Callable[..., None]
-        with self.model.memory.autotuned() if self.autotune else nullcontext():
-            captured = backend.capture(operators, *arrays)
+        captured: Callable[..., None] = backend.capture(step, *arrays)
+        return captured
+
+    def _capture_unattended(
+        self, queue: Queue, part: Any, arrays: tuple[Array, ...]
+    ) -> Callable[..., None]:
+        """What a device runs by itself: a step, or the `part` of one that is made of a batch."""
+        fused = queue.fused(self.gradients, self.fused_update)
+        gradients = self.gradients.operators(len(arrays[0]), fused, part)
+        queue.expect(arrays)
+        backend = self.model.backend
+        operators = queue.operators(gradients, fused or backend, part)
+        captured: Callable[..., None] = backend.capture(operators, *arrays)
+        if fused is not None:
+            self.update.why = fused.why
+        if part is not None:
+            self.gradients.why += f"; several batches, {part.why}"
         return captured
 
 

@@ -97,6 +97,9 @@ class Update:
         turns: int = 1,
     ) -> None:
         self.optimizer = optimizer
+        # Or in the kernels that make the weight gradients: where steps are captured, they say so.
+        self.why = "a pass of its own, as the host takes part in a step"
+        self._clip_norm = clip_norm
         self.parameters, self.gradient = parameters, gradient
         rule = OPTIMIZERS[optimizer.operator_rule]
         self.memory = memory
@@ -143,6 +146,11 @@ class Update:
     def fused(self) -> bool:
         """Whether gradients and update can be captured as one program."""
         return not self._clipped
+
+    @property
+    def by_element(self) -> bool:
+        """Whether an element's update needs no other's gradient."""
+        return self._clip_norm is None and not self._clipped
 
     @property
     def whole(self) -> bool:

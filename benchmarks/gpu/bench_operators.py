@@ -2,9 +2,10 @@
 
 A product's yardstick is cuBLAS in the same precision (`torch.mm`), bare of bias, activation and
 column sums, of bf16x3 and bf16x6 cuBLAS in float32; rows named "bare" are without those on our
-side, too. The yardstick of what is bound by memory is the device's own copy of as many bytes. Both
-sides run many times in one CUDA graph, so that no launch is timed. Operands are N(0, 1). `roofline`
-is the least time by the device's highest clocks (roofline.py) over ours.
+side, too, or without the update by AdamW that linear_wgrad makes where one kernel can do both. The
+yardstick of what is bound by memory is the device's own copy of as many bytes. Both sides run many
+times in one CUDA graph, so that no launch is timed. Operands are N(0, 1). `roofline` is the least
+time by the device's highest clocks (roofline.py) over ours.
 """
 
 from __future__ import annotations
@@ -109,20 +110,65 @@ def products(cupy: Any, normal: Any, precision: str, batch: int, i: int, o: int)
     X, W, dZ = stored(batch, i), stored(o, i), stored(batch, o)
     Y, saved, dX = stored(batch, o), stored(batch, o), stored(batch, i)
     b, db, dW = normal(o), normal(i), normal(o, i)
+    of_X, of_dZ, of_both = _made_before(backend, X, dZ, dW)
     shape, flop = (batch, i, o), 2.0 * batch * i * o
     operands = float(X.nbytes + W.nbytes + Y.nbytes)
     for name, call, more in (
         (
             "linear_forward",
-            lambda: backend.linear_forward(X, W, b, "gelu", None, (Y, saved)),
+            lambda: backend.linear_forward(X, W, b, "gelu", None, (Y, saved), **of_X),
             Y.nbytes,
         ),
-        ("linear_forward bare", lambda: backend.linear_forward(X, W, out=(Y, None)), 0),
-        ("linear_dgrad", lambda: backend.linear_dgrad(dZ, W, X, "gelu", None, (dX, db)), X.nbytes),
-        ("linear_dgrad bare", lambda: backend.linear_dgrad(dZ, W, out=(dX, None)), 0),
-        ("linear_wgrad bare", lambda: backend.linear_wgrad(dZ, X, dW), dW.nbytes - W.nbytes),
+        ("linear_forward bare", lambda: backend.linear_forward(X, W, out=(Y, None), **of_X), 0),
+        (
+            "linear_dgrad",
+            lambda: backend.linear_dgrad(dZ, W, X, "gelu", None, (dX, db), **of_dZ),
+            X.nbytes,
+        ),
+        ("linear_dgrad bare", lambda: backend.linear_dgrad(dZ, W, out=(dX, None), **of_dZ), 0),
+        (
+            "linear_wgrad bare",
+            lambda: backend.linear_wgrad(dZ, X, dW, **of_both),
+            dW.nbytes - W.nbytes,
+        ),
     ):
         yield Work(name, shape, call, flop, precision, operands + more)
+    updates = updating(cupy, None if precision == "float32" else precision, dZ, X, dW)
+    if updates is not None:
+        more = 6 * dW.nbytes - W.nbytes  # W and both moments in and out
+        yield Work("linear_wgrad", shape, updates, flop, precision, operands + more)
+
+
+def updating(
+    cupy: Any, precision: str | None, dZ: Any, X: Any, dW: Any
+) -> Callable[[], object] | None:
+    """linear_wgrad that updates a weight by AdamW, where the kernel has the whole sum."""
+    from backprop_kernels.cuda.linear_wgrad import WeightUpdate, can_update, chosen, squares, wgrad
+    from backprop_kernels.cuda.optimizer_step import rule_text
+    from backprop_kernels.optimizers import OPTIMIZERS
+
+    choice, row = chosen(precision, dZ, X, dW), OPTIMIZERS["AdamW"]
+    if precision == "fp16" or not can_update(choice):  # a loss scale is the host's
+        return None
+    numbers = row.scalars(1, **row.options)
+    update = WeightUpdate(
+        rule_text("AdamW", len(numbers), True), *(cupy.zeros(dW.shape, np.float32) for _ in "Wmv"),
+        cupy.asarray(np.array(numbers)), cupy.asarray(np.ones(1, np.uint32)),
+        cupy.empty((squares(choice),), np.float64),
+    )  # fmt: skip
+    return lambda: wgrad(precision, None, dZ, X, dW, update)
+
+
+def _made_before(backend: Any, X: Any, dZ: Any, dW: Any) -> tuple[dict[str, Any], ...]:
+    """What in a training step the products before have done for each of the three in tf32."""
+    from backprop_kernels.cuda.transpose import transposed
+
+    if not (hasattr(backend, "reads_rounded") and backend.reads_rounded(dW)):
+        return {}, {}, {}
+    copies = None, None
+    if backend.reads_along_batch(dZ, dW):
+        copies = transposed(dZ), transposed(X)
+    return {"X_rounded": True}, {"dZ_rounded": True}, {"copies": copies}
 
 
 def passes(cupy: Any, normal: Any, batch: int, features: int) -> Iterator[Work]:

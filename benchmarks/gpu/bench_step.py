@@ -3,9 +3,9 @@
 `python benchmarks/gpu/bench_step.py`: the products are cuBLAS's in the same precision, in one CUDA
 graph, and `graph_by_bare` is the headline; `roofline` is the least time of the products by the
 device's highest clocks over ours. Then our step as a graph replay, as called from Python without a
-look at its loss, also on arrays of the host, and with its loss read back; PyTorch eager, and
-PyTorch compiled, with a CUDA graph; both with fused AdamW, for bf16 under autocast. Other data is
-on the device, all N(0, 1).
+look at its loss, also on arrays of the host, and with its loss read back; `apart` is `graph` with
+the update as a pass of its own. PyTorch eager, and PyTorch compiled, with a CUDA graph; both with
+fused AdamW, for bf16 under autocast. Other data is on the device, all N(0, 1).
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def main() -> None:
             rows = [(precision, 16, [9, 12, 3]) for precision in ("float32", "bf16")]
         for precision, batch, widths in rows:
             contenders = {**ours(precision, batch, widths)}
+            contenders["apart"] = ours(precision, batch, widths, fused=False)["graph"]
             if torch is not None:
                 contenders |= theirs(torch, where, precision, batch, widths, given.dry_run)
             times = clock.interleaved(contenders, 0.0 if given.dry_run else SECONDS)
@@ -75,7 +76,9 @@ def flops(batch: int, widths: list[int]) -> float:
     return 2.0 * batch * (3 * sum(sizes) - sizes[0])
 
 
-def ours(precision: str, batch: int, widths: list[int], by_layers: bool = False) -> Contenders:
+def ours(
+    precision: str, batch: int, widths: list[int], by_layers: bool = False, fused: bool = True
+) -> Contenders:
     """`graph`: the captured step, launched and not waited for. `queued`: as called from Python.
     `fed`: on arrays of the host. `step`: with its loss as a number."""
     import backprop as bp
@@ -86,7 +89,8 @@ def ours(precision: str, batch: int, widths: list[int], by_layers: bool = False)
     y = rng.integers(0, widths[-1], batch) if classes else np.zeros((batch, 1), np.float32)
     model = bp.MLP(widths, device="cuda")
     loss = "cross_entropy" if classes else "mse"
-    step = bp.TrainStep(model, loss, bp.AdamW(lr=1e-4), batch, precision=precision)
+    step = bp.TrainStep(model, loss, bp.AdamW(lr=1e-4), batch, precision=precision,
+                        fused_update=fused)  # fmt: skip
     step.gradients.keeps_activations = by_layers
     host = step.gradients.inputs(X, y, None, "bench_step", finite=False)
     arrays = [model.memory.place(array) for array in host]

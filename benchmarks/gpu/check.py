@@ -61,6 +61,8 @@ def checks(cupy: Any, sizes: tuple[int, int, int], few: bool) -> Iterator[Check]
             yield f"update {rule} {dtype}", lambda d=dtype, r=rule: updated(cupy, d, r)
     for precision in ("bf16", "fp16", "tf32", "bf16x3", "bf16x6"):
         yield f"whole products {precision}", lambda p=precision: in_precision(cupy, sizes, p, few)
+    for precision in ("float32", "tf32", "bf16"):
+        yield f"fused update {precision}", lambda p=precision: fused(p, few)
     yield "a whole network", lambda: whole_network(cupy)
     yield "same bits", lambda: repeated(cupy, sizes, 3 if few else REPEATS)
     yield "a wrong class id", lambda: wrong_class(cupy)
@@ -248,6 +250,34 @@ def whole_network(cupy: Any) -> float:
     wide = (a.astype(float) for a in given)
     expected = reference.mlp_step(*wide, layers, "mse", None, weight.astype(float))
     same = all(np.array_equal(a.get(), b) for a, b in zip(got, expected, strict=True))
+    return 0.0 if same else float("inf")
+
+
+def fused(precision: str, few: bool) -> float:
+    """The update where weight gradients are made has the bits of a pass of its own."""
+    from backprop_kernels.cuda import fused_update
+
+    import backprop as bp
+
+    rng, saved = np.random.default_rng(0), fused_update.SAVED
+    batch, widths = (70, [24, 40, 136, 8]) if few else (4096, [512, 1024, 1000, 16])
+    X, y = (rng.standard_normal((batch, n)).astype(np.float32) for n in (widths[0], widths[-1]))
+    found = []
+    fused_update.SAVED = 1 << 40
+    try:
+        for apart in (False, True):
+            model = bp.MLP(widths, activation="gelu", device="cuda", seed=1)
+            step = bp.TrainStep(
+                model, "mse", bp.AdamW(weight_decay=0.1), batch, precision=precision,
+                fused_update=not apart,
+            )  # fmt: skip
+            losses = [float(step(X, y)) for _ in range(3)]
+            found.append((losses, model.parameters.get(), *(m.get() for m in step.state.values())))
+            if step.update.why.startswith("a pass of its own") != apart:
+                raise RuntimeError(f"the update was {step.update.why}")
+    finally:
+        fused_update.SAVED = saved
+    same = all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
     return 0.0 if same else float("inf")
 
 

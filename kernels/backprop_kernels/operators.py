@@ -51,7 +51,7 @@ OPERATORS: tuple[Operator, ...] = (
         functions=("linear_wgrad",),
         formula="dW = dZᵀ X",
         shapes="dZ(n,o) X(n,i) → dW(o,i)",
-        fused="nothing",
+        fused="on a GPU the optimizer's update, where every gradient is certain to be finite",
         saves="nothing",
     ),
     Operator(

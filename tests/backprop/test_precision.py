@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from backprop_kernels.arrays import Array
+from backprop_kernels.cuda import launch, tuning
 from backprop_kernels.precisions import PRECISIONS
 
 import backprop as bp
 from backprop import precision as module
 from backprop.precision import LARGEST, LossScale
-from tests.cuda_host.hopper import SHARED, on_hopper
+from tests.cuda_host import cupy_stand_in
+from tests.cuda_host.hopper import IN_TURN, SHARED, on_hopper
 
 LOW = ["bf16", "fp16", *(pytest.param(p, marks=pytest.mark.long) for p in ("tf32", "bf16x3"))]
 SIZES = [9, 33, 17, 3]
@@ -39,7 +41,9 @@ def test_gradient_is_the_cpus_within_the_precision(precision: str) -> None:
     X, y = data()
     model = mlp()
     exact, gradients = bp.value_and_grad(mlp("cpu"), X, y, loss="cross_entropy")
-    step = bp.TrainStep(model, "cross_entropy", "SGD", batch_size=61, precision=precision)
+    step = bp.TrainStep(
+        model, "cross_entropy", "SGD", batch_size=61, precision=precision, fused_update=False
+    )
     unit = 2.0 ** -PRECISIONS[precision].digits
     assert step(X, y) == pytest.approx(exact, rel=3 * 4 * unit)
     for name, view in step.gradients.views.items():
@@ -86,6 +90,120 @@ def test_steps_on_hopper_are_near_those_of_the_ampere_generation() -> None:
     assert error < 3 * 6 * 2**-8
 
 
+def on_hopper_data(batch: int) -> tuple[Array, Array]:
+    rng = np.random.default_rng(2)
+    X, Y = (rng.standard_normal((batch, n)).astype(np.float32) for n in (16, 8))
+    return X, Y
+
+
+def tf32_step(
+    batch: int, precision: str | None = "tf32", recompute: int = 1, **options: Any
+) -> bp.TrainStep:
+    """Of a network whose every product TMA takes."""
+    model = bp.MLP([16, 72, 64, 64, 8], device="cuda", seed=1, **{"activation": "gelu", **options})
+    return bp.TrainStep(
+        model, "mse", bp.SGD(lr=0.1), batch_size=batch, precision=precision, recompute=recompute,
+        fused_update=False,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize(
+    ("batch", "options"),
+    [
+        (67, {"dropout": 0.1}),
+        *(
+            pytest.param(batch, options, marks=pytest.mark.long)
+            for batch in (1, 136, 331)
+            for options in ({"activation": "tanh"}, {"norm": "layer"}, {"norm": "batch"})
+            if batch > 1 or "norm" not in options
+        ),
+    ],
+)
+def test_steps_in_tf32_on_hopper_are_float32s_within_the_precision(
+    batch: int, options: dict[str, Any]
+) -> None:
+    """As near as by mma.sync, which rounds as it reads: the loss within one rounding, as up and
+    down even out, where digits that are cut off add up. The same bits every time."""
+    X, Y = on_hopper_data(batch)
+    exact = tf32_step(batch, None, **options)
+    value, unit = float(exact(X, Y)), 2.0 ** -PRECISIONS["tf32"].digits
+    seen = []
+    for place in (nullcontext(), on_hopper(SHARED), on_hopper(SHARED), on_hopper(IN_TURN)):
+        with place:
+            step = tf32_step(batch, **options)
+            assert float(step(X, Y)) == pytest.approx(value, rel=unit)
+            for name, view in step.gradients.views.items():
+                true = exact.gradients.views[name].get()
+                assert np.linalg.norm(view.get() - true) <= 4 * 6 * unit * np.linalg.norm(true)
+            step(X[: batch // 2 + 1], Y[: batch // 2 + 1])
+            seen.append(step.model.parameters.tobytes())
+    assert seen[1] == seen[2] == seen[3]
+
+
+@pytest.mark.usefixtures("emulator")
+def test_what_is_made_once_more_is_copied_once_more() -> None:
+    """With recompute, where passes share places and copies of them: the same bits."""
+    X, Y = on_hopper_data(67)
+    seen = set()
+    with on_hopper(SHARED):
+        for recompute in (1, 2, 3):
+            step = tf32_step(67, recompute=recompute, dropout=0.1)
+            for _ in range(2):
+                step(X, Y)
+            seen.add(step.model.parameters.tobytes())
+    assert len(seen) == 1
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize(
+    ("precision", "capability", "tile", "casts", "transposes"),
+    [
+        # Of the batch and the last dZ, and of W: forward 4, backward 3.
+        ("tf32", "90", SHARED, 2 + 4, 2 + 3),
+        ("tf32", "90", None, 0, 0), ("tf32", "80", SHARED, 0, 0), ("bf16x6", "90", SHARED, 0, 0),
+        ("bf16", "90", SHARED, 3, 0),  # as ever: of X, dZ and all weights
+    ],
+)  # fmt: skip
+def test_copies_are_made_for_tf32_on_hopper_alone(
+    monkeypatch: pytest.MonkeyPatch, precision: str, capability: str, tile: Any, casts: int,
+    transposes: int,
+) -> None:  # fmt: skip
+    """By the epilogues of the products wherever one makes what another one reads."""
+    monkeypatch.setattr(cupy_stand_in.Device, "compute_capability", capability)
+    launched: list[str] = []
+    function = launch._function
+    monkeypatch.setattr(
+        launch, "_function", lambda unit, entry, *rest: (
+            launched.append(entry), function(unit, entry, *rest)
+        )[1],
+    )  # fmt: skip
+    X, Y = on_hopper_data(67)
+    with nullcontext() if tile is None else on_hopper(tile):
+        step = tf32_step(67, precision)
+        step.gradients.keeps_activations = True  # not in one kernel
+        step(X, Y)
+    assert (launched.count("cast"), launched.count("transpose")) == (casts, transposes)
+    names = [name for name, _ in step.gradients.workspace._buffers]
+    assert names.count("transposed") == (6 if transposes else 0)  # of Y and dZ between 4 layers
+
+
+@pytest.mark.usefixtures("emulator")
+def test_no_copies_are_made_where_another_kernel_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        tuning, "_fastest", lambda found: next(c for c in found if c.tile.generation == "ampere")
+    )
+    X, Y = on_hopper_data(67)
+    with on_hopper(SHARED):
+        step = bp.TrainStep(
+            bp.MLP([16, 72, 8], device="cuda"), "mse", "SGD", 67, precision="tf32", autotune=True
+        )
+        step(X, Y)
+    assert not any(name == "transposed" for name, _ in step.gradients.workspace._buffers)
+
+
 @pytest.mark.usefixtures("emulator")
 def test_weights_changed_by_hand_are_read() -> None:
     X, y = data()
@@ -97,8 +215,7 @@ def test_weights_changed_by_hand_are_read() -> None:
 
 
 @pytest.mark.usefixtures("emulator")
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_one_kernel_trains_as_layers_do(accumulate: int) -> None:
+def test_one_kernel_trains_as_layers_do() -> None:
     """Both round the same numbers in the same places, so the losses of ten steps differ by less
     than one rounding."""
     X, y = data(200)
@@ -107,7 +224,7 @@ def test_one_kernel_trains_as_layers_do(accumulate: int) -> None:
         model = mlp()
         step = bp.TrainStep(
             model, bp.Loss("cross_entropy", label_smoothing=0.1), bp.AdamW(lr=1e-2), 200,
-            precision="bf16", accumulate=accumulate,
+            precision="bf16",
         )  # fmt: skip
         step.gradients.keeps_activations = by_layers
         weight = np.arange(200) % 3

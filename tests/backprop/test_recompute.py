@@ -137,7 +137,7 @@ def test_memory_falls_with_the_square_root_of_the_depth() -> None:
         step = bp.TrainStep(model, "mse", "SGD", 512, recompute=recompute)
         X = np.zeros((512, 64), np.float32)
         step(X, X)
-        return step.gradients.workspace.bytes
+        return step.gradients.workspace.nbytes
 
     one = 512 * 64 * 4
     assert buffers(1) == 48 * one

@@ -43,11 +43,13 @@ void end_phase(Barrier& b) {
     b.pending = b.arrivals;
 }
 
-// Element (i, k) of an operand of wgmma: K along rows of 128 bytes, or down them.
-unsigned element_128(uintptr_t base, unsigned i, unsigned k, bool by_k) {
+// Element (i, k), of so many bytes, of an operand of wgmma: K along rows of 128 bytes, or down them.
+unsigned element_128(uintptr_t base, unsigned i, unsigned k, bool by_k, unsigned bytes) {
     const unsigned row = by_k ? k : i, column = by_k ? i % 64 : k;
     const uintptr_t box = by_k ? i / 64 * 8192 : 0;
-    return *reinterpret_cast<const unsigned short*>(swizzled(base + box + row * 128 + column * 2));
+    unsigned bits = 0;
+    memcpy(&bits, reinterpret_cast<const void*>(swizzled(base + box + row * 128 + column * bytes)), bytes);
+    return bits;
 }
 
 }  // namespace
@@ -153,18 +155,18 @@ void wait_stores(size_t pending, bool written) {
 }
 
 void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, bool a_by_k, bool b_by_k,
-                   float (*value)(unsigned), int keep) {
-    const unsigned t = rank % GROUP, row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+                   float (*value)(unsigned), int keep, unsigned bytes) {
+    const unsigned depth = 32 / bytes, t = rank % GROUP, row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
     self().products.open.push_back([=] {
         float from_a[2][16];
         for (unsigned h = 0; h < 2; ++h)
-            for (unsigned k = 0; k < 16; ++k) from_a[h][k] = value(element_128(a, row + h * 8, k, a_by_k));
+            for (unsigned k = 0; k < depth; ++k) from_a[h][k] = value(element_128(a, row + h * 8, k, a_by_k, bytes));
         for (unsigned j = 0; j < columns / 4; ++j) {
             const unsigned n = j / 2 * 8 + column + j % 2;
             float* const at = d + j / 2 * 4 + j % 2;  // row + 8 is two elements further
             float sums[2] = {keep ? at[0] : 0.0f, keep ? at[2] : 0.0f};
-            for (unsigned k = 0; k < 16; ++k) {
-                const float from_b = value(element_128(b, n, k, b_by_k));
+            for (unsigned k = 0; k < depth; ++k) {
+                const float from_b = value(element_128(b, n, k, b_by_k, bytes));
                 sums[0] += from_a[0][k] * from_b;
                 sums[1] += from_a[1][k] * from_b;
             }
@@ -232,6 +234,8 @@ unsigned to_tf32(unsigned bits) {
     return (bits + 0x1000) & ~0x1fffu;
 }
 
+float from_tf32(unsigned bits) { return from_bits(bits & ~0x1fffu); }
+
 void mma16(float* d, const unsigned* a, const unsigned* b, float (*value)(unsigned), int line) {
     struct Fragments { unsigned a[4], b[2]; };
     const auto lanes = gather(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, line);
@@ -248,13 +252,12 @@ void mma16(float* d, const unsigned* a, const unsigned* b, float (*value)(unsign
 void mma_tf32(float* d, const unsigned* a, const unsigned* b, int line) {
     struct Fragments { unsigned a[4], b[2]; };
     const auto lanes = gather(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, line);
-    constexpr unsigned KEPT = ~0x1fffu;
     for (unsigned i = 0; i < 4; ++i) {
         const unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
         for (unsigned k = 0; k < 8; ++k) {
             const unsigned from_a = lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2];
             const unsigned from_b = lanes[column * 4 + k % 4].b[k / 4];
-            d[i] += from_bits(from_a & KEPT) * from_bits(from_b & KEPT);
+            d[i] += from_tf32(from_a) * from_tf32(from_b);
         }
     }
 }

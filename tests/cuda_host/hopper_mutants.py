@@ -6,11 +6,15 @@ from functools import partial
 
 import numpy as np
 from backprop_kernels import reference
+from backprop_kernels.arrays import Array
+from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.cuda.tiles import Tile
+from backprop_kernels.cuda.transpose import padded, transposed
 from backprop_kernels.precisions import round_to, widen
 
 from tests.cuda_host import hopper
-from tests.cuda_host.mutants import F32, Mutant, whole
+from tests.cuda_host.backend import installed
+from tests.cuda_host.mutants import F32, Mutant, normal, whole
 from tests.cuda_host.product_mutants import mixed, rounded
 
 
@@ -54,6 +58,48 @@ def tall() -> None:
 def halves() -> None:
     """float16, whose bits are no bfloat16."""
     products(hopper.SHARED, "fp16")
+
+
+def tf32() -> None:
+    products(hopper.SHARED, "tf32")
+
+
+def nearest(x: Array) -> Array:
+    """The nearest tf32, ties away from zero."""
+    return ((x.view(np.uint32) + np.uint32(0x1000)) & ~np.uint32(0x1FFF)).view(F32)
+
+
+def written_twice() -> None:
+    """What the next products read: rounded; and the transpose, with nothing beside it."""
+    for batch, inside, outside in ((67, 36, 140), (130, 8, 40)):
+        X, W = whole((batch, inside), (outside, inside))
+        W *= 100  # so that products have more than 11 bits
+        expected = np.full((outside, padded(batch) + 4), np.nan, F32)
+        expected[:, :batch] = nearest(X @ W.T).T
+        with installed(), hopper.on_hopper(hopper.SHARED):
+            import cupy
+
+            room = cupy.asarray(np.full(expected.shape, np.nan, F32))
+            copy = room[:, :batch]
+            Y, _ = InPrecision("tf32").linear_forward(
+                cupy.asarray(X), cupy.asarray(W), Y_rounded=True, copy=copy
+            )
+            np.testing.assert_array_equal(Y.get(), expected[:, :batch].T)
+            np.testing.assert_array_equal(room.get(), expected)
+
+
+def transposes() -> None:
+    """Ragged, several tiles down and across."""
+    for rows, columns in ((67, 45), (1, 40), (33, 1)):
+        matrix = normal((rows, columns))[0]
+        expected = np.full((columns, padded(rows) + 4), np.nan, F32)
+        expected[:, :rows] = nearest(matrix).T
+        with installed():
+            import cupy
+
+            room = cupy.asarray(np.full(expected.shape, np.nan, F32))
+            transposed(cupy.asarray(matrix), room[:, :rows])
+            np.testing.assert_array_equal(room.get(), expected)
 
 
 def bits() -> None:
@@ -110,7 +156,7 @@ HOPPER = [
            "Ring{ring.strip, ring.base}.release();", shared),
     HEADER("i > 0 || step > 0", "1", shared),
     HEADER("box + step * 2048", "box + step * 1024", shared),
-    HEADER("box + step * 32", "box + step * 16", shared),
+    HEADER("box + step * STEP_BYTES", "box + step * 16", shared),
     HEADER("described<A_BY_K>(ring.A()", "described<B_BY_K>(ring.A()", shared),
     HEADER("A_BY_K ? m : k, A_BY_K ? k : m", "k, m", shared),
     HEADER("x = B_BY_K ? n : k", "x = B_BY_K ? k : n", shared),
@@ -142,5 +188,29 @@ HOPPER = [
     HEADER("i = 1; i < GROUP / 32", "i = 2; i < GROUP / 32", shared),
     HEADER("if (threadIdx.x % GROUP == 0) store_box_wait_read<0>();", "", shared),
     HEADER("n = at.n + block * OUT_COLUMNS + lane", "n = at.n + block * OUT_COLUMNS", bits),
+    HEADER("A_DOWN_K && !ALONG_K", "A_DOWN_K", tf32),
+    HEADER("B_DOWN_K && !ALONG_K", "B_DOWN_K", tf32),
+    HEADER("STRIP_K = 128 / sizeof(stored)", "STRIP_K = 64", tf32),
+    HEADER("sizeof(T)) / (TWICE ? 2 : 1)", "sizeof(T))", written_twice),
+    HEADER("turned = own + OUT * sizeof(T)", "turned = own", written_twice),
+    HEADER("turned + lane * 128, warp", "turned + lane * 64, warp", written_twice),
+    HEADER("first / 4 ^ lane % 8", "first / 4", written_twice),
+    HEADER("column[(first + k) * OUT_COLUMNS]", "column[first + k]", written_twice),
+    HEADER("first = warp * EACH + i;", "first = i;", written_twice),
+    HEADER("shared_address(turned), int(m), int(n)", "shared_address(turned), int(n), int(m)",
+           written_twice),
+    *(Mutant("transpose.cu", old, new, transposes) for old, new in (
+        ("    __syncthreads();\n", ""),
+        ("if (row + i < rows && column", "if (column"),
+        ("&& column + lane < columns", ""),
+        ("if (column + i < columns && row", "if (row"),
+        ("&& row + lane < rows", ""),
+        ("(column + i) * pitch", "(column + i) * rows"),
+        ("s_tile[lane][i]", "s_tile[i][lane]"),
+        ("blockIdx.x % across * WARP", "blockIdx.x / across * WARP"),
+        ("as_float(to_tf32(as_bits(s_tile[lane][i])))", "s_tile[lane][i]"),
+    )),
+    Mutant("floats.cuh", "value(as_float(to_tf32(as_bits(x))))", "value(x)", written_twice),
+    Mutant("floats.cuh", "wgmma_tf32(d, a, b, keep)", "wgmma_tf32(d, b, a, keep)", tf32),
     Mutant("floats.cuh", "wgmma_fp16<A_BY_K", "wgmma_bf16<A_BY_K", halves),
 ]  # fmt: skip

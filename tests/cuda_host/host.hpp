@@ -73,7 +73,7 @@ void wait_stores(size_t pending, bool written);
 unsigned cluster_rank();
 uintptr_t in_cluster(uintptr_t address, unsigned rank, int line);
 void product_later(float* d, unsigned columns, uintptr_t a, uintptr_t b, bool a_by_k, bool b_by_k,
-                   float (*value)(unsigned), int keep);
+                   float (*value)(unsigned), int keep, unsigned bytes = 2);
 void commit_products(int line);
 void wait_products(size_t pending, int line);
 unsigned short to_bf16(float x);
@@ -83,6 +83,7 @@ float from_bf16(unsigned bits);
 unsigned short to_fp16(float x);
 float from_fp16(unsigned bits);
 unsigned to_tf32(unsigned bits);
+float from_tf32(unsigned bits);
 void mma16(float* d, const unsigned* a, const unsigned* b, float (*value)(unsigned), int line);
 void mma_tf32(float* d, const unsigned* a, const unsigned* b, int line);
 
@@ -133,9 +134,19 @@ inline unsigned ballot(const Lanes<int>& votes) {
     for (unsigned i = 0; i < WARP; ++i) bits |= static_cast<unsigned>(votes[i] != 0) << i;
     return bits;
 }
+// Not contracted: the compiler does not see that it is a product.
+template <class T> T rounded(T x) {
+    asm volatile("" : "+x"(x));
+    return x;
+}
 template <class T> T exchange_min(T* place, T value) {
     T old = __atomic_load_n(place, __ATOMIC_RELAXED);
     while (value < old && !__atomic_compare_exchange_n(place, &old, value, false, 5, 5)) {}
+    return old;
+}
+template <class T> T exchange_max(T* place, T value) {
+    T old = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (value > old && !__atomic_compare_exchange_n(place, &old, value, false, 5, 5)) {}
     return old;
 }
 }  // namespace host
@@ -147,6 +158,7 @@ inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v)
 }
 inline int atomicMin(int* p, int v) { return host::exchange_min(p, v); }
 inline long long atomicMin(long long* p, long long v) { return host::exchange_min(p, v); }
+inline unsigned atomicMax(unsigned* p, unsigned v) { return host::exchange_max(p, v); }
 inline int atomicExch(int* p, int v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
 
 inline unsigned __umulhi(unsigned a, unsigned b) {

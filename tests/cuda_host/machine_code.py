@@ -37,12 +37,13 @@ TENSOR_CORES, ALL_REGISTERS, MOST_SHARED = "tensor_product.cuh", 255, 99 << 10
 # Those of Hopper, on sm_90 alone: warpgroups share out the registers that a block gets.
 HOPPER, HOPPERS_SHARED = "hopper_product.cuh", 227 << 10
 WGMMA = {"HGMMA", "UTMALDG", "UTMASTG", "STSM", "SYNCS", "USETMAXREG"}
+OF_TF32 = "using operand = tf32"
 WHOLE_NETWORKS = "mlp_step.cu"  # takes all the registers, and of shared memory what the GPU has
 # Kernels that add or scale in float64 on purpose, whatever the dtype of their arrays.
 FLOAT64 = {
-    "gradient_squares", "loss", "loss_cross_entropy", "loss_gaussian_nll", "loss_shares",
-    "loss_value", "loss_weights", "mlp_step", "optimizer_update", "row_limit", "tensor_limit",
-    "tensor_squares",
+    "gradient_squares", "linear_wgrad_update", "loss", "loss_cross_entropy", "loss_gaussian_nll",
+    "loss_shares", "loss_value", "loss_weights", "mlp_step", "optimizer_update", "row_limit",
+    "tensor_limit", "tensor_squares", "to_mean", "verdict",
 }  # fmt: skip
 PRODUCTS = ("linear_", "mlp_step")  # how entries begin that multiply matrices
 # What the inner loop of a product must be made of.
@@ -98,7 +99,7 @@ def expected(unit: Unit) -> set[str]:
         return WGMMA | bits
     if not on_tensor_cores(unit):
         return {MULTIPLIES[real(unit)]} | bits
-    by_element = "using stored = real" in unit.variant and unit.file == "linear_wgrad.cu"
+    by_element = "using stored = real" in unit.variant and unit.file.startswith("linear_wgrad")
     return {"HMMA", "LDGSTS"} | bits | (set() if by_element else {"LDSM"})
 
 
@@ -129,6 +130,9 @@ def problems(job: Job) -> list[str]:
             kinds = {code.partition(".")[0] for code in made_of[entry]}
             if kinds & {"LDL", "STL"}:
                 found.append(f"{entry}: local memory")
+            of_tf32 = {code.endswith(".TF32") for code in made_of[entry] if "GMMA" in code}
+            if of_tf32 - {OF_TF32 in unit.variant}:
+                found.append(f"{entry}: multiplies other numbers")
             if entry.startswith(PRODUCTS) and not expected(unit) <= kinds:
                 found.append(f"{entry}: no {', '.join(sorted(expected(unit) - kinds))}")
             if real(unit) == "float" and entry not in FLOAT64:

@@ -29,6 +29,8 @@ def _noticed_by(test: Callable[..., None], **given: Any) -> Callable[[], None]:
 brain = _noticed_by(test_ptx.test_rounding_to_bf16)
 pairs = _noticed_by(test_ptx.test_rounding_in_pairs)
 conversions = _noticed_by(test_ptx.test_rounding_to_fp16_and_tf32)
+products = _noticed_by(test_ptx.test_a_rounded_product_is_not_part_of_a_sum)
+largest = _noticed_by(test_ptx.test_a_cell_is_raised_to_the_largest)
 copies = _noticed_by(test_ptx.test_asynchronous_copies)
 loads = _noticed_by(test_ptx.test_matrices_from_shared_memory)
 stores = _noticed_by(test_ptx.test_matrices_to_shared_memory)
@@ -49,6 +51,7 @@ def group(kind: str, columns: int, a_by_k: int, b_by_k: int) -> Callable[[], Non
 
 
 small, crossed, halves = group("bf16", 64, 0, 0), group("bf16", 128, 0, 1), group("fp16", 64, 0, 0)
+cut = group("tf32", 64, 0, 0)
 
 bug = partial(Mutant, "ptx.cuh")
 PTX = [
@@ -86,6 +89,8 @@ PTX = [
     bug("a, b, A_BY_K, B_BY_K, VALUE, keep)", "a, b, B_BY_K, A_BY_K, VALUE, keep)", crossed),
     bug("A_BY_K, B_BY_K, VALUE, keep)", "A_BY_K, B_BY_K, VALUE, 1)", small),
     bug('"f16", host::from_fp16)', '"f16", host::from_bf16)', halves),
+    bug("host::from_tf32, keep, 4)", "host::from_bits, keep, 4)", cut),
+    bug("host::from_tf32, keep, 4)", "host::from_tf32, keep, 2)", cut),
     bug("__atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine", "false", turns),
     bug("__atomic_store_n(turn, next, ", "__atomic_store_n(turn, next + 1, ", turns),
     bug("host::commit_products(__LINE__)", "", small),
@@ -97,6 +102,13 @@ PTX = [
     bug("r[i] = *reinterpret_cast<const u32*>(rows[i * 8 + host::lane() / 4]",
         "r[i] = *reinterpret_cast<const u32*>(rows[i * 8 + host::lane() % 8]", loads),
     bug("halves[0] | halves[1] << 16", "halves[1] | halves[0] << 16", loads),
+    bug("__fmul_rn(a, b);\n#else\n    return host::rounded(a * b)",
+        "__fmul_rn(a, b);\n#else\n    return a * b", products),
+    bug("__dmul_rn(a, b);\n#else\n    return host::rounded(a * b)",
+        "__dmul_rn(a, b);\n#else\n    return a * b", products),
+    bug("(__atomic_load_n(cell, __ATOMIC_RELAXED) < value)", "(false)", largest),
+    bug("__ATOMIC_RELAXED) < value) atomicMax(cell, value)",
+        "__ATOMIC_RELAXED) < value) *cell = value / 2", largest),
     bug("return host::to_bf16(x)", "return host::to_bf16(-x)", brain),
     bug("return to_bf16(low) | u32(to_bf16(high)) << 16",
         "return to_bf16(high) | u32(to_bf16(low)) << 16", pairs),

@@ -16,11 +16,12 @@ from backprop_kernels import cuda
 from backprop_kernels.activations import ACTIVATIONS, saved_beside
 from backprop_kernels.arrays import Dropout
 from backprop_kernels.cuda import compile as nvrtc
-from backprop_kernels.cuda import cublaslt, tensor_map, tiles, tuning
+from backprop_kernels.cuda import cublaslt, fused_update, tensor_map, tiles, tuning
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.cuda.limits import limit_rows, limit_tensor
 from backprop_kernels.cuda.mlp_fit import choose
+from backprop_kernels.cuda.part import STRIP, Part, part_of
 from backprop_kernels.cuda.stepping import Stepping
 from backprop_kernels.losses import LOSSES
 from backprop_kernels.optimizers import OPTIMIZERS
@@ -93,9 +94,14 @@ def everything(
             for rule in rules:
                 _optimizer(dtype, rule)
                 _stepping(rule)
+                if dtype == np.float32:
+                    for spans in (None, [(0, 12, 0)]):
+                        _fused(cuda, dtype, rule, 3, 4, 8, spans)
+                    _fused(cuda, dtype, rule, 8192, 4, 1)
             for batch in (8, 3000):  # one split, several
                 cuda.linear_wgrad(_empty(dtype, batch, 3), _empty(dtype, batch, 4))
             cuda.linear_wgrad(_empty(dtype, 1, 8192), _empty(dtype, 1, 4))
+            _part(cuda, dtype, 3, 4)
             cuda.gather_rows(_empty(dtype, 5, 3), _empty(np.dtype(np.int64), 2))
     return record
 
@@ -116,7 +122,7 @@ def products(
     terms: int = 3,
     capability: int = 80,
 ) -> Record:
-    """The record of the linear layers in a precision, also into float32."""
+    """The record of the linear layers in a precision, also into float32, in tf32 for the next."""
     with recording() as record, pytest.MonkeyPatch.context() as patch:
         patch.setattr(stand_in.Device, "compute_capability", str(capability))
         backend = InPrecision(precision)
@@ -125,12 +131,17 @@ def products(
         for rows, columns in sizes:
             A, B = _empty(stored, rows, terms), _empty(stored, columns, terms)
             b = _empty(real, columns)
+            tf32 = precision == "tf32"
+            copy = _empty(stored, columns, rows) if tf32 else None
             for activation in activations:
-                backend.linear_forward(A, B, b, activation, drop)
-                saved = _saved(stored, activation, rows, columns)
-                backend.linear_dgrad(A, _empty(stored, terms, columns), saved, activation, drop)
+                backend.linear_forward(A, B, b, activation, drop, Y_rounded=tf32, copy=copy)
+                saved, W = _saved(stored, activation, rows, columns), _empty(stored, terms, columns)
+                backend.linear_dgrad(A, W, saved, activation, drop, copy=copy)
             backend.linear_forward(A, B, out=(_empty(real, rows, columns), None))
             backend.linear_wgrad(_empty(stored, terms, rows), _empty(stored, terms, columns))
+            _part(backend, stored, rows, columns)
+            if precision != "fp16":
+                _fused(backend, stored, "AdamW", rows, columns, terms)
         if stored != real:
             for activation in activations:
                 _norms(backend, stored, real, activation, drop)
@@ -186,6 +197,15 @@ def networks(
 def whole() -> tuple[Sequence[str], Sequence[str], Sequence[str], Sequence[str]]:
     """Every row of every table."""
     return ("float32", "float64"), tuple(ACTIVATIONS), tuple(LOSSES), tuple(OPTIMIZERS)
+
+
+def _part(backend: Any, dtype: np.dtype, rows: int, columns: int) -> None:
+    """`linear_wgrad` of a part of a batch that is one run, and of one that is several."""
+    terms = STRIP  # or it would be served as if it were no part
+    before, mass = _empty(np.dtype(np.int64), 1), _empty(np.dtype(np.float64), 1)
+    for whole in (2 * terms, 2**20):
+        with part_of(Part(terms, whole, before, mass)):
+            backend.linear_wgrad(_empty(dtype, terms, rows), _empty(dtype, terms, columns))
 
 
 def _empty(dtype: np.dtype, *shape: int) -> Any:
@@ -250,6 +270,26 @@ def _optimizer(dtype: np.dtype, rule: str) -> None:
     cuda.optimizer_step(P, P, state, scalars, rule, guard, spans=[(0, 64, 0)])
 
 
+def _fused(
+    backend: Any, stored: np.dtype, rule: str, rows: int, columns: int, terms: int,
+    spans: Any = None,
+) -> None:  # fmt: skip
+    """The update where the gradient of a weight (rows, columns) is made."""
+    row, real = OPTIMIZERS[rule], np.dtype(np.float32)
+    count = len(row.scalars(1, **row.options))
+    shape = (1 + count,) if spans is None else (1, 4 + count)
+    P, G, *state = (_empty(real, rows * columns) for _ in range(2 + len(row.state)))
+    step = fused_update.FusedUpdate(backend, 1)
+    given = _empty(stored, terms, rows), _empty(stored, terms, columns)
+    step.linear_wgrad(*given, G.reshape(rows, columns))
+    double = np.dtype(np.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_update, "SAVED", 1 << 40)
+        step.optimizer_step(
+            P, G, state, _empty(double, *shape), rule, _empty(double), spans=spans
+        )  # fmt: skip
+
+
 def _stepping(rule: str) -> None:
     double, options = np.dtype(np.float64), OPTIMIZERS[rule].options
     table = _empty(double, 1 + len(OPTIMIZERS[rule].scalars(1, **options)))
@@ -258,8 +298,11 @@ def _stepping(rule: str) -> None:
         _empty(np.dtype(np.int64), 2), [_empty(double, 40)],
     )  # fmt: skip
     step.remember()
+    with step.part(8, 16) as part:
+        step.part_end(part, 8)
     step.scalars()
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
         limit_tensor(_empty(dtype, 64), 1.0)
         limit_rows(_empty(dtype, 8, 8), 1.0, step.norm, step.guard)
+        step.to_mean(_empty(dtype, 64), 16)
     step.end()

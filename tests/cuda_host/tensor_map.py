@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from backprop_kernels.cuda.tensor_map import TYPES
+from backprop_kernels.cuda.tensor_map import TYPES, pitch
 
 PLAIN = np.dtype(
     {
@@ -19,11 +19,11 @@ PLAIN = np.dtype(
 def encode(place: np.ndarray, matrix: Any, box: tuple[int, int], swizzled: bool) -> None:
     """As tensor_map.encode; refuses what the driver would refuse."""
     rows, columns = matrix.shape
-    pitch, inner = columns * matrix.itemsize, box[1] * matrix.itemsize
+    row, inner = pitch(matrix), box[1] * matrix.itemsize
     assert str(matrix.dtype) in TYPES and place.ctypes.data % 64 == 0
     assert 0 < rows < 2**32 and 0 < columns < 2**32
-    assert matrix.data.ptr % 16 == 0 and pitch % 16 == 0 and pitch < 2**40
+    assert matrix.data.ptr % 16 == 0 and row % 16 == 0 and row < 2**40
     assert all(1 <= side <= 256 for side in box) and inner % 16 == 0
     assert not swizzled or inner <= 128
-    record = (matrix.data.ptr, columns, rows, pitch, box[1], box[0], matrix.itemsize, swizzled)
+    record = (matrix.data.ptr, columns, rows, row, box[1], box[0], matrix.itemsize, swizzled)
     place.view(PLAIN)[0] = record

@@ -27,6 +27,19 @@ extern "C" __global__ void conversions(const float* x, unsigned short* half, u32
     }
 }
 
+extern "C" __global__ void products_and_sums(const float* a, const float* b, const float* c, float* y,
+                                             const double* d, const double* e, const double* f, double* z,
+                                             long long count) {
+    for (long long i = threadIdx.x; i < count; i += 32) {
+        y[i] = rounded_product(a[i], b[i]) + c[i];
+        z[i] = rounded_product(d[i], e[i]) + f[i];
+    }
+}
+
+extern "C" __global__ void raised(const u32* values, u32* cell, long long count) {
+    for (long long i = blockIdx.x * 32 + threadIdx.x; i < count; i += 32 * gridDim.x) raise_to(cell, values[i]);
+}
+
 // Thread t copies 16 bytes, valid[t] of them, and 4 bytes, valid[t] > 0 of them.
 extern "C" __global__ void copies(const unsigned char* from, const int* valid, unsigned char* wide, u32* narrow) {
     __shared__ __align__(16) unsigned char s_wide[32 * 16];
@@ -189,10 +202,11 @@ exchange(const __grid_constant__ TensorMap map, unsigned short* out, int rows) {
 }
 
 // D (64, N) = A (64, K) B (N, K)ᵀ, stored as K x 64 or K x N where BY_K: a producer warpgroup fetches
-// boxes of 64 x 64 into a ring of two, a consumer warpgroup multiplies them.
-template <int N, bool A_BY_K, bool B_BY_K, bool HALF>
+// boxes of 64 rows of 128 bytes into a ring of two, a consumer warpgroup multiplies them.
+enum Kind { BF16, FP16, TF32 };
+template <int N, bool A_BY_K, bool B_BY_K, Kind KIND>
 static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b, float* D, int K) {
-    constexpr int STAGES = 2, A_BYTES = 64 * 128, B_BYTES = N * 128;
+    constexpr int STAGES = 2, A_BYTES = 64 * 128, B_BYTES = N * 128, DEPTH = KIND == TF32 ? 32 : 64;
     DYNAMIC_SHARED(shared);
     __shared__ __align__(8) u64 full[STAGES], free[STAGES];
     const shared_t s = shared_address(shared);
@@ -204,7 +218,7 @@ static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b,
         barrier_init_fence();
     }
     __syncthreads();
-    const int strips = (K + 63) / 64;
+    const int strips = (K + DEPTH - 1) / DEPTH;
     if (threadIdx.x < 128) {
         give_registers<40>();
         if (threadIdx.x == 0) {
@@ -213,9 +227,9 @@ static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b,
                 const shared_t at = s + stage * (A_BYTES + B_BYTES), barrier = shared_address(&full[stage]);
                 barrier_wait(shared_address(&free[stage]), (i / STAGES & 1) ^ 1);
                 barrier_expect(barrier, A_BYTES + B_BYTES);
-                load_box(at, &map_a, barrier, A_BY_K ? 0 : i * 64, A_BY_K ? i * 64 : 0);
+                load_box(at, &map_a, barrier, A_BY_K ? 0 : i * DEPTH, A_BY_K ? i * DEPTH : 0);
                 for (int n = 0; n < N; n += 64)
-                    load_box(at + A_BYTES + n * 128, &map_b, barrier, B_BY_K ? n : i * 64, B_BY_K ? i * 64 : n);
+                    load_box(at + A_BYTES + n * 128, &map_b, barrier, B_BY_K ? n : i * DEPTH, B_BY_K ? i * DEPTH : n);
             }
         }
     } else {
@@ -230,7 +244,8 @@ static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b,
             for (int k = 0; k < 4; ++k) {
                 const u64 a = A_BY_K ? columns_of_128(at + k * 2048) : rows_of_128(at + k * 32);
                 const u64 b = B_BY_K ? columns_of_128(at + A_BYTES + k * 2048) : rows_of_128(at + A_BYTES + k * 32);
-                if constexpr (HALF) wgmma_fp16<A_BY_K, B_BY_K>(d, a, b, (i | k) != 0);
+                if constexpr (KIND == TF32) wgmma_tf32(d, a, b, (i | k) != 0);
+                else if constexpr (KIND == FP16) wgmma_fp16<A_BY_K, B_BY_K>(d, a, b, (i | k) != 0);
                 else wgmma_bf16<A_BY_K, B_BY_K>(d, a, b, (i | k) != 0);
             }
             wgmma_commit();
@@ -247,67 +262,83 @@ static DEVICE void group_product(const TensorMap& map_a, const TensorMap& map_b,
 
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_64(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<64, false, false, false>(a, b, D, K);
+    group_product<64, false, false, BF16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_64_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<64, true, true, false>(a, b, D, K);
+    group_product<64, true, true, BF16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_fp16_64(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<64, false, false, true>(a, b, D, K);
+    group_product<64, false, false, FP16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_128(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<128, false, false, false>(a, b, D, K);
+    group_product<128, false, false, BF16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_128_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<128, true, true, false>(a, b, D, K);
+    group_product<128, true, true, BF16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_128_a_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<128, true, false, false>(a, b, D, K);
+    group_product<128, true, false, BF16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_128_b_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<128, false, true, false>(a, b, D, K);
+    group_product<128, false, true, BF16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_fp16_128(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<128, false, false, true>(a, b, D, K);
+    group_product<128, false, false, FP16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_fp16_128_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<128, true, true, true>(a, b, D, K);
+    group_product<128, true, true, FP16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_fp16_128_a_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<128, true, false, true>(a, b, D, K);
+    group_product<128, true, false, FP16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_fp16_128_b_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<128, false, true, true>(a, b, D, K);
+    group_product<128, false, true, FP16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_192_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<192, true, true, false>(a, b, D, K);
+    group_product<192, true, true, BF16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_256(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<256, false, false, false>(a, b, D, K);
+    group_product<256, false, false, BF16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_bf16_256_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<256, true, true, false>(a, b, D, K);
+    group_product<256, true, true, BF16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_fp16_192_by_k(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<192, true, true, true>(a, b, D, K);
+    group_product<192, true, true, FP16>(a, b, D, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
 group_product_fp16_256(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
-    group_product<256, false, false, true>(a, b, D, K);
+    group_product<256, false, false, FP16>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_tf32_64(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<64, false, false, TF32>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_tf32_128(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<128, false, false, TF32>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_tf32_192(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<192, false, false, TF32>(a, b, D, K);
+}
+extern "C" __global__ void __launch_bounds__(256, 1)
+group_product_tf32_256(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* D, int K) {
+    group_product<256, false, false, TF32>(a, b, D, K);
 }
 
 // Blocks in the reverse of their order, each behind the number that is written.

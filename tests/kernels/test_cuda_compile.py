@@ -16,12 +16,13 @@ from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.cuda import compile as nvrtc
 from backprop_kernels.cuda import cublaslt
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.tiles import HOPPER, PING_PONG
+from backprop_kernels.cuda.tiles import COOPERATIVE, HOPPER, HOPPERS, PING_PONG
 from backprop_kernels.errors import KernelCompileError
+from backprop_kernels.optimizers import OPTIMIZERS
 from backprop_kernels.precisions import PRECISIONS
 
 from tests.cuda_host import recorder
-from tests.cuda_host.machine_code import NEEDS_NVRTC, Job, all_problems, problems, real
+from tests.cuda_host.machine_code import NEEDS_NVRTC, Job, all_problems, body, problems, real
 from tests.cuda_host.recorder import Asked, Record
 
 WIDEST = ("identity", "relu", "gelu", "sin")  # activations: the least and the most registers, bits
@@ -83,18 +84,86 @@ def test_products_on_tensor_cores_compile_as_they_are_launched() -> None:
 
 
 def test_products_on_hopper_compile_as_they_are_launched() -> None:
-    """Within 168 registers a thread at the start, and what their roles hand over, no spills."""
-    record = recorder.hopper_products("bf16", ("identity",), (PING_PONG,))
-    assert sum("hopper_product.cuh" in unit.variant for unit in record) == 4
+    """Within 168 registers a thread at the start, and what their roles hand over, no spills; of the
+    activation that leaves the fewest."""
+    record = recorder.hopper_products("bf16", ("gelu",), (PING_PONG,))
+    assert sum("hopper_product.cuh" in unit.variant for unit in record) == 7
     chosen = list(jobs(record, "sm_90a", lambda u: u.file == "linear_dgrad.cu"))
     assert not all_problems(chosen)
+
+
+def test_products_of_tf32_on_hopper_compile_as_they_are_launched() -> None:
+    """The same, also where the result is written twice: two tensor maps go to the kernel."""
+    record = recorder.hopper_products("tf32", ("gelu",), (PING_PONG,))
+    assert sum("#define TRANSPOSED" in unit.variant for unit in record) == 2
+    chosen = list(jobs(record, "sm_90a", lambda u: "TRANSPOSED" in u.variant))
+    assert [256 in asked.sizes for job in chosen for asked in job.entries.values()].count(True) == 2
+    assert not all_problems(chosen)
+
+
+def test_updates_in_weight_gradients_compile_as_they_are_launched() -> None:
+    """W and its moments on the way to registers that sums fill: of 128 × 256 elements."""
+    hopper = recorder.hopper_products("bf16", (), (COOPERATIVE,))
+    ampere = recorder.products("tf32", (), recorder.EACH_TILE[-1:])
+    chosen = [
+        job
+        for record, arch in ((hopper, "sm_90a"), (ampere, "sm_80"))
+        for job in jobs(record, arch, lambda _: True)
+        if job.unit.file in ("linear_wgrad_update.cu", "fused_update.cu")
+    ]
+    assert sum("linear_wgrad_update" in job.entries for job in chosen) == 2
+    assert not all_problems(chosen)
+
+
+def test_sums_that_go_on_compile_as_they_are_launched() -> None:
+    """Those of the part before on the way to the registers that theirs are added to."""
+    hopper = recorder.hopper_products("bf16", (), (COOPERATIVE, PING_PONG))
+    hopper |= recorder.hopper_products("tf32", (), (COOPERATIVE,))
+    ampere = recorder.products("tf32", ()) | recorder.products("bf16x6", ())
+    simt = recorder.everything(("float32", "float64"), (), ("mse",), ())
+    chosen = [
+        job
+        for record, arch in ((hopper, "sm_90a"), (ampere, "sm_80"), (simt, "sm_80"))
+        for job in jobs(record, arch, lambda unit: "SUMS_FROM" in unit.variant)
+        if re.search("SUMS_FROM (CHAINED|ADDED)", job.unit.variant)
+    ]
+    assert len(chosen) == 6 + 5 + 2
+    assert not all_problems(chosen)
+
+
+@pytest.mark.parametrize(
+    "rule", [r if r == "AdamW" else pytest.param(r, marks=pytest.mark.long) for r in OPTIMIZERS]
+)
+def test_an_update_is_the_same_arithmetic_wherever_it_is_made(rule: str) -> None:
+    """What becomes a fused multiply-add in one kernel does in the other: the same bits."""
+
+    def arithmetic(unit: Unit, entry: str) -> list[str]:
+        ptx = body(nvrtc.compile_unit(unit, "sm_90").ptx, entry)
+        return re.findall(r"\b(?:fma|mul|add|sub|div|sqrt)[.\w]*\.f32\b", ptx)
+
+    record = recorder.everything(("float32",), ("relu",), ("mse",), (rule,))
+    apart = {
+        rule_of(unit): arithmetic(unit, "optimizer_update")
+        for unit in record if unit.file == "optimizer_step.cu"
+    }  # fmt: skip
+    fused = [unit for unit in record if unit.file == "linear_wgrad_update.cu"]
+    assert len(apart) == 2 and {rule_of(unit) for unit in fused} == set(apart)
+    for unit in fused:
+        found, whole = arithmetic(unit, "linear_wgrad_update"), apart[rule_of(unit)]
+        element = whole[len(whole) - whole[::-1].index("mul.rn.f32") :]  # after it is clipped
+        assert len(element) > 2 and found[-len(element) :] == element
+
+
+def rule_of(unit: Unit) -> str:
+    """The formula that is compiled into a kernel."""
+    return unit.variant[unit.variant.index("DEVICE void update") :]
 
 
 @pytest.mark.long
 def test_every_product_on_hopper_compiles() -> None:
     chosen = [
         job
-        for precision in ("bf16", "fp16")
+        for precision in HOPPERS
         for job in jobs(
             recorder.hopper_products(precision, tuple(ACTIVATIONS), HOPPER["linear_dgrad"]),
             "sm_90a",
@@ -155,7 +224,8 @@ def test_every_cu_file_and_entry_is_launched() -> None:
                                  ("SGD",))  # fmt: skip
     more = recorder.networks(90, ("relu",), ("mse",), networks=((3, 5),))
     launched: dict[str, set[str]] = {}
-    for unit, entries in (record | recorder.products("bf16", ("gelu",)) | more).items():
+    more |= recorder.products("bf16", ("gelu",)) | recorder.products("tf32", ("gelu",))
+    for unit, entries in (record | more).items():
         launched.setdefault(unit.file, set()).update(entries)
     written = {
         path.name: set(re.findall(r"^(\w+)\(", path.read_text(encoding="utf-8"), re.M))

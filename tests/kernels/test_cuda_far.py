@@ -15,9 +15,18 @@ import pytest
 from backprop_kernels import cuda
 from backprop_kernels.arrays import LinearLayer
 from backprop_kernels.cuda import mlp_fit, tiles
-from backprop_kernels.cuda.epilogue import column_sums
+from backprop_kernels.cuda.compile import Unit
+from backprop_kernels.cuda.epilogue import column_sums, plain_variant
+from backprop_kernels.cuda.fused_update import FusedUpdate
 from backprop_kernels.cuda.in_precision import InPrecision
+from backprop_kernels.cuda.launch import launch
 from backprop_kernels.cuda.limits import limit_rows, limit_tensor
+from backprop_kernels.cuda.linear_wgrad import WeightUpdate
+from backprop_kernels.cuda.linear_wgrad import wgrad as wgrad_as
+from backprop_kernels.cuda.optimizer_step import rule_text
+from backprop_kernels.cuda.part import Part, part_of
+from backprop_kernels.cuda.rows import THREADS, blocks_for
+from backprop_kernels.cuda.transpose import transposed
 from backprop_kernels.errors import ShapeError
 
 from tests.cuda_host import cupy_stand_in
@@ -139,6 +148,12 @@ def casts() -> None:
     assert ends(out) == (0x3F80, 0x4000)
 
 
+def transposes() -> None:
+    """The first tile and the last."""
+    turned = transposed(array(*HUGE, first=2, last=3))
+    assert turned.shape == HUGE[::-1] and (turned._host[0, 0], turned._host[-1, -1]) == (2, 3)
+
+
 def gathers() -> None:
     index = cupy_stand_in.asarray(np.arange(ROWS) % 2)
     X = array(2, COLUMNS, first=2, last=3)
@@ -230,6 +245,46 @@ def whole_network() -> None:
     assert ends(G) == tuple(2 * x * z / rows for x, z in ((2, 2), (3, 12)))
 
 
+def fused() -> None:
+    """W and its moment at both ends, where it is sure; dW, where it is not."""
+    rule = rule_text("SGD", 5, True)
+    scalars = cupy_stand_in.asarray(np.array([0.5, 0, 0, 1, 0]))  # as above
+    for certain in (1, 0):
+        W, moment, dW = array(*HUGE, first=3, last=4), array(*HUGE), array(*HUGE)
+        sure, squares = array(1, last=certain, dtype=np.uint32), array(2**21, dtype=np.float64)
+        given = array(1, ROWS, first=2, last=3), array(1, COLUMNS, first=4, last=5)
+        wgrad_as(
+            None,
+            None,
+            *given,
+            dW,
+            update=WeightUpdate(rule, W, moment, None, scalars, sure, squares),
+        )
+        assert ends(W) == ((-1, -3.5) if certain else (3, 4))
+        assert ends(moment) == ((8, 15) if certain else (0, 0))
+        assert ends(dW) == ((0, 0) if certain else (8, 15))
+
+
+def parts() -> None:
+    """Sums that go on, and their mean."""
+    before, mass = array(1, last=1, dtype=np.int64), array(1, last=4, dtype=np.float64)
+    dW = array(*HUGE, first=3, last=4)
+    with part_of(Part(1, 2, before, mass)):
+        cuda.linear_wgrad(array(1, ROWS, first=2, last=3), array(1, COLUMNS, first=4, last=5), dW)
+    assert ends(dW) == (11, 19)
+    G = array(2**31 + 1, first=30, last=40)
+    unit, grid = Unit("part.cu", plain_variant("float32")), (blocks_for(G.size),)
+    launch(unit, "to_mean", grid, (THREADS,), G, mass, 2, G.size)
+    assert ends(G) == (15, 20)
+
+
+def largest() -> None:
+    """The last element is the first block's."""
+    step = FusedUpdate(cuda, 1)
+    step._find(array(2**31 + 1, first=1, last=-2), None, step._cells[:1])
+    assert step._cells._host.view(np.float32)[0] == 2
+
+
 def limited() -> None:
     G = array(2**31 + 1, first=30, last=40)
     limit_tensor(G, 5.0)
@@ -253,15 +308,17 @@ MUTANTS = [
     cut("tensor_product.cuh", "from + ⟨row * stride⟩ + column", tensor_cores),
     cut("epilogue.cuh", "saved[⟨element⟩]) : real(0)", dgrad),
     cut("epilogue.cuh", "saved[⟨element⟩] = kept", forward),
-    cut("batch_norm.cu", "return X[⟨i * columns + j⟩];", batch_norm),
-    cut("batch_norm.cu", "Y[⟨e⟩] = y", batch_norm),
-    cut("batch_norm.cu", "dZ_prev[⟨e⟩] = g", batch_norm),
+    cut("batch_norm.cu", "return real(X[⟨i * columns + j⟩]);", batch_norm),
+    cut("batch_norm.cu", "Y[⟨e⟩] = result", batch_norm),
+    cut("batch_norm.cu", "dZ_prev[⟨e⟩] = stored", batch_norm),
     cut("batch_norm.cu", "return dZ[⟨e⟩] * ((X", batch_norm),
-    cut("layer_norm.cu", "Y[⟨e + j⟩] = y", layer_norm),
+    cut("layer_norm.cu", "Y[⟨e + j⟩] = result", layer_norm),
     cut("layer_norm.cu", "return dZ[⟨e⟩] * ((X", layer_norm),
-    cut("layer_norm.cu", "dZ_prev[⟨e + j⟩] = back", layer_norm),
+    cut("layer_norm.cu", "dZ_prev[⟨e + j⟩] = stored", layer_norm),
     cut("column_sums.cu", "partial[⟨i * columns + n⟩]", sums),
-    cut("cast.cu", "out[⟨i⟩]", casts),
+    cut("cast.cu", "out[⟨i⟩] = stored", casts),
+    cut("transpose.cu", "values[⟨(row + i) * columns + column + lane⟩]", transposes),
+    cut("transpose.cu", "out[⟨(column + i) * pitch + row + lane⟩]", transposes),
     cut("gather_rows.cu", "Y[⟨r * words + w⟩]", gathers),
     cut("gather_rows.cu", "X[⟨source * words + w⟩]", gathers),
     cut("loss.cu", "dZ[⟨e⟩] = loss_element", losses),
@@ -276,6 +333,12 @@ MUTANTS = [
     cut("limits.cu", "G[⟨i⟩] *=", limited),
     cut("limits.cu", "W + ⟨blockIdx.x * columns⟩", limited),
     cut("optimizer_step.cu", "P[⟨i⟩] = p", update),
+    cut("linear_wgrad_update.cu", "Element{W[⟨i⟩], moment", fused),
+    cut("linear_wgrad_update.cu", "moment0[⟨i⟩] = s", fused),
+    cut("linear_wgrad_update.cu", "dW[⟨i⟩] = g", fused),
+    cut("fused_update.cu", "values[⟨i⟩]", largest),
+    cut("one_tile.cuh", "runs.earlier[⟨m * N + n⟩]", parts),
+    cut("part.cu", "G[⟨i⟩] *=", parts),
 ]  # fmt: skip
 
 
@@ -292,8 +355,8 @@ def test_offset_cut_to_an_int_is_noticed(monkeypatch: pytest.MonkeyPatch, mutant
 
 SHORT = (forward, wgrad, gathers)
 LONG = (
-    forward_from_far, dgrad, dgrad_from_far, wgrad_from_far, tensor_cores, sums, casts, batch_norm,
-    layer_norm, losses, classes, update, limited, whole_network,
+    forward_from_far, dgrad, dgrad_from_far, wgrad_from_far, tensor_cores, sums, casts, transposes,
+    batch_norm, layer_norm, losses, classes, update, fused, largest, limited, parts, whole_network,
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from backprop_kernels.reference.epilogue import as_bits
 from tests import saved as kept
 from tests.cuda_host import build
 from tests.cuda_host.backend import Mirror, backend, installed
+from tests.cuda_host.fused_mutants import FUSED
 from tests.cuda_host.hopper_mutants import HOPPER
 from tests.cuda_host.mlp_mutants import MLP_STEP
 from tests.cuda_host.mutants import (
@@ -38,6 +39,7 @@ from tests.cuda_host.mutants import (
     planted,
     whole,
 )
+from tests.cuda_host.part_mutants import PARTS
 from tests.cuda_host.product_mutants import TENSOR_CORES
 from tests.cuda_host.ptx_mutants import PTX
 from tests.cuda_host.steps import steps
@@ -285,7 +287,7 @@ MUTANTS = [
     Mutant("optimizer_step.cu", "|| (guard && !isfinite(guard[0]))", "", updates),
     Mutant("optimizer_step.cu", "!isfinite(length) || ", "", refused),
     Mutant("reduce.cuh", "double(x[i]) * double(x[i])", "double(x[i] * x[i])", updates),
-    Mutant("optimizer_step.cu", "G[i] * clip", "G[i] / clip", updates),
+    Mutant("optimizer_step.cu", "rounded_product(G[i], clip)", "G[i] / clip", updates),
     Mutant("optimizer_step.cu", "most < 1.0 ? most : 1.0", "most", unclipped),
     Mutant("optimizer_step.cu", "if (STATES == 2) state1[i] = s[1];", "", updates),
     Mutant("optimizer_step.cu", "i < stop;", "i <= stop;", updates),
@@ -319,8 +321,7 @@ MUTANTS = [
     Mutant("layer_norm.cu", "- x_hat * slope", "+ x_hat * slope", layer_norm),
     Mutant("epilogue.cuh", "y * scale", "y", epilogues),
     Mutant("epilogue.cuh", "SAVES == 1 ? y : z", "SAVES == 1 ? z : y", epilogues),
-    Mutant("epilogue.cuh", "keep(row * columns + column) ? g * scale : real(0)", "g * scale",
-           epilogues),
+    Mutant("epilogue.cuh", "? g * scale : real(0)", "? g * scale : g * scale", epilogues),
     *(Mutant("epilogue.cuh", old, new, bits) for old, new in (
         ("if (columns < WORD) bits &= (1u << columns) - 1;", ""),
         (">> threadIdx.x % WORD", ""),
@@ -369,15 +370,17 @@ MUTANTS = [
     Mutant("stepping.cu", "stream[1] = (long long)state[STEPS]", "stream[1] = 0", steps),
     Mutant("stepping.cu", "state[RATE] * o[0]", "state[RATE]", steps),
     Mutant("stepping.cu", "table + r * width + first", "table + r * width", steps),
-    Mutant("stepping.cu", "state[STOPPED] != 0 ? double(NAN) : value[0]", "value[0]", steps),
+    Mutant("stepping.cu", 'state[STOPPED] != 0 ? nan("") : value[0]', "value[0]", steps),
     Mutant("stepping.cu", "        state[STOPPED] = 1;\n", "", steps),
     Mutant("stepping.cu", " && state[APPLIED] == 0", "", steps),
     Mutant("stepping.cu", "if (i < words && state", "if (i < words - 300 && state", steps),
-    Mutant("stepping.cu", "if (i < words) before", "if (i < 256) before", steps),
+    Mutant("stepping.cu", "if (i < words && *rows", "if (i < 256 && *rows", steps),
     Mutant("one_tile.cuh", "= total;\n        " + BARRIER, "= total;", products),
     Mutant("one_tile.cuh", "i = 1; i < PARTS", "i = 2; i < PARTS", products),
     *TENSOR_CORES,
     *HOPPER,
+    *FUSED,
+    *PARTS,
     *PTX,
     *MLP_STEP,
 ]  # fmt: skip

@@ -16,7 +16,7 @@ SOURCE = """
 #include "philox.cuh"
 extern "C" void kept(const long long* stream, long long layer, long long threshold,
                      const long long* elements, bool* answers, long long count) {
-    KeepMask keep(stream, layer, threshold);
+    KeepMask keep(stream, nullptr, layer, threshold);
     for (long long i = 0; i < count; ++i) answers[i] = keep(elements[i]);
 }
 """

@@ -16,7 +16,7 @@ from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import plain_variant
 from backprop_kernels.cuda.in_precision import InPrecision
 from backprop_kernels.cuda.launch import launch
-from backprop_kernels.cuda.tiles import COOPERATIVE, NARROW, PING_PONG, TILES, choose
+from backprop_kernels.cuda.tiles import COOPERATIVE, HOPPERS, NARROW, PING_PONG, TILES, choose
 from backprop_kernels.errors import KindError, OptionError
 from backprop_kernels.precisions import PRECISIONS, round_to, widen
 from backprop_kernels.reference.epilogue import as_bits
@@ -36,6 +36,7 @@ ON_HOPPER = (*hopper.TINY, PING_PONG, COOPERATIVE, NARROW)
 WHOLE_ROWS = (  # all on 16 bytes
     (64, 64, 64), (8, 8, 8), (1, 16, 8), (200, 72, 136), (130, 328, 40), (300, 8, 264),
 )  # fmt: skip
+NARROW_ROWS = (1, 4, 12), (67, 36, 140), (99, 132, 4), (201, 12, 260)  # of float32
 SHAPES = (
     (64, 64, 64), (1, 1, 1), (3, 8, 16), (65, 40, 72), (67, 33, 65), (130, 136, 24), (33, 7, 129),
     (17, 257, 3), (600, 16, 8), (0, 5, 3), (5, 0, 3),
@@ -117,7 +118,7 @@ def cases(*short: tuple[str, str, str]) -> list[Any]:
         pytest.param(name, precision, tile, id=f"{name}-{precision}-{tile.name}",
                      marks=[] if (name, precision, tile.name) in short else [pytest.mark.long])
         for name in OPERATORS for precision in NAMES
-        for tile in (*TILES[precision], *(ON_HOPPER if precision in ("bf16", "fp16") else ()))
+        for tile in (*TILES[precision], *(ON_HOPPER if precision in HOPPERS else ()))
     ]  # fmt: skip
 
 
@@ -143,6 +144,8 @@ def one_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ("linear_dgrad", "tf32", "small"), ("linear_wgrad", "tf32", "small"),
         ("linear_forward", "bf16x6", "small"), ("linear_wgrad", "bf16x3", "small"),
         ("linear_forward", "fp16", "tall, in turn"), ("linear_wgrad", "bf16", "in clusters"),
+        ("linear_forward", "tf32", "in turn"), ("linear_dgrad", "tf32", "in clusters"),
+        ("linear_wgrad", "tf32", "shared"),
     ),
 )  # fmt: skip
 def test_products(products: Any, one_tile: Any, name: str, precision: str, tile: Any) -> None:
@@ -151,7 +154,8 @@ def test_products(products: Any, one_tile: Any, name: str, precision: str, tile:
     rng = np.random.default_rng(0)
     row = PRECISIONS[precision]
     unit = 2.0**-row.digits
-    for sizes in WHOLE_ROWS if tile.generation == "hopper" else SHAPES:
+    shapes = (*WHOLE_ROWS, *NARROW_ROWS) if precision == "tf32" else WHOLE_ROWS
+    for sizes in shapes if tile.generation == "hopper" else SHAPES:
         A, B, product = factors(name, rng, sizes, whole=True)
         exact = product(A, B)
         C = run(products[precision], name, stored(A, precision), stored(B, precision), exact.shape)

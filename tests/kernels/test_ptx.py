@@ -220,25 +220,47 @@ def test_blocks_of_a_cluster_share_what_one_fetches(cupy: Any) -> None:
         *((kind, 128, a, b) for kind in ("bf16", "fp16") for a in (0, 1) for b in (0, 1)),
         ("bf16", 64, 0, 0), ("bf16", 64, 1, 1), ("bf16", 256, 0, 0), ("bf16", 256, 1, 1),
         ("fp16", 64, 0, 0), ("fp16", 256, 0, 0), ("bf16", 192, 1, 1), ("fp16", 192, 1, 1),
+        *(("tf32", columns, 0, 0) for columns in (64, 128, 192, 256)),
     ],
 )  # fmt: skip
 def test_warpgroup_product_behind_a_ring_of_boxes(
     cupy: Any, kind: str, columns: int, a_by_k: int, b_by_k: int, depth: int
 ) -> None:
     A, B = whole(64, depth), whole(columns, depth)
-    stored = bf16 if kind == "bf16" else lambda x: x.astype(np.float16)
+    if kind == "tf32":  # which cuts 13 bits off
+        A = (A.view(np.uint32) | RNG.integers(0, 2**13, A.shape, np.uint32)).view(np.float32)
+    stored = {"bf16": bf16, "fp16": np.float16, "tf32": np.float32}[kind]
     ways = ["", "_b_by_k", "_a_by_k", "_by_k"][2 * a_by_k + b_by_k]
     placed = [
         cupy.asarray(np.ascontiguousarray(stored(M).T if by_k else stored(M)))
         for M, by_k in ((A, a_by_k), (B, b_by_k))
     ]
-    maps = [tensor_map(matrix, (64, 64), swizzled=True) for matrix in placed]
+    box = (64, 32 if kind == "tf32" else 64)
+    maps = [tensor_map(matrix, box, swizzled=True) for matrix in placed]
     D = np.full((64, columns), np.nan, np.float32)
     (D,) = run(
         cupy, f"group_product_{kind}_{columns}{ways}", *maps, D, np.int32(depth), threads=256,
         shared=2 * (64 + columns) * 128,
     )  # fmt: skip
-    assert np.array_equal(D, A @ B.T)
+    cut = (A.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
+    assert np.array_equal(D, cut @ B.T)
+
+
+def test_a_rounded_product_is_not_part_of_a_sum(cupy: Any) -> None:
+    numbers = RNG.standard_normal((3, 4096))
+    given = [*numbers.astype(np.float32), np.zeros(4096, np.float32), *numbers, np.zeros(4096)]
+    *_, y, _, _, _, z = run(cupy, "products_and_sums", *given, 4096)
+    a, b, c = given[:3]
+    assert np.array_equal(y, a * b + c)
+    assert np.array_equal(z, numbers[0] * numbers[1] + numbers[2])
+
+
+def test_a_cell_is_raised_to_the_largest(cupy: Any) -> None:
+    values = RNG.integers(0, 2**32, 1000, np.uint64).astype(np.uint32)
+    for first in (0, 2**32 - 1):
+        cell = cupy.asarray(np.array([first], np.uint32))
+        launch(UNITS, "raised", (4,), (32,), cupy.asarray(values), cell, len(values))
+        assert cell.get()[0] == max(first, values.max())
 
 
 def test_blocks_take_turns(cupy: Any) -> None:
@@ -250,7 +272,8 @@ def test_blocks_take_turns(cupy: Any) -> None:
 AMPERE = {"HMMA", "LDSM", "LDGSTS"}
 HOPPER = {
     *AMPERE, "STSM", "SYNCS", "UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "UTMACMDFLUSH",
-    "FENCE.VIEW.ASYNC.S", "UCGABAR_ARV", "UCGABAR_WAIT", "HGMMA", "USETMAXREG",
+    "FENCE.VIEW.ASYNC.S", "UCGABAR_ARV", "UCGABAR_WAIT", "HGMMA", "HGMMA.64x256x8.F32.TF32",
+    "USETMAXREG",
 }  # fmt: skip
 
 

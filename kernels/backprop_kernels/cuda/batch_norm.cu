@@ -60,10 +60,10 @@ batch_norm_running(const real* running_mean, const real* running_var, real* mean
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 batch_norm_forward(const stored* X, const real* gamma, const real* beta, const real* mean,
                    const real* rstd, result* Y, kept* saved, long long rows, long long columns,
-                   long long rows_per_block, long long across, const long long* stream,
+                   long long rows_per_block, long long across, const long long* stream, const long long* before,
                    long long layer, long long threshold, real scale) {
     const long long first = blockIdx.x * rows_per_block, last = min(first + rows_per_block, rows);
-    KeepMask keep(stream, layer, threshold);
+    KeepMask keep(stream, before, layer, threshold);
     each(first, last, columns, int(across), [&](long long i, long long j, bool inside) {
         const long long e = i * columns + j;
         const real z = inside ? (X[e] - mean[j]) * rstd[j] * gamma[j] + beta[j] : real(0);
@@ -90,11 +90,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 batch_norm_backward(const stored* dZ, const stored* X, const real* gamma, const real* mean,
                     const real* rstd, const real* dbeta, const real* dgamma, const kept* saved,
                     stored* dZ_prev, real* partial, long long rows, long long columns,
-                    long long rows_per_block, long long across, const long long* stream,
+                    long long rows_per_block, long long across, const long long* stream, const long long* before,
                     long long layer, long long threshold, real scale) {
     const long long first = blockIdx.x * rows_per_block, last = min(first + rows_per_block, rows);
     const real share = real(1) / real(rows);
-    KeepMask keep(stream, layer, threshold);
+    KeepMask keep(stream, before, layer, threshold);
     column_partials(first, last, columns, int(across),
                     partial ? partial + blockIdx.x * columns : nullptr,
                     [&](long long i, long long j) {

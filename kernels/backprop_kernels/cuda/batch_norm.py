@@ -17,6 +17,7 @@ from backprop_kernels.cuda.epilogue import (
     variant,
 )
 from backprop_kernels.cuda.launch import empty, launch, on_device
+from backprop_kernels.cuda.part import adds_up, rows_before, rows_of_whole
 from backprop_kernels.cuda.rows import THREADS, division
 
 
@@ -71,6 +72,7 @@ def forward(
     work, real = division(rows, columns), dtype.type
     grid, strips, block = (work.blocks,), (-(-columns // THREADS),), (THREADS,)
     if training and rows:
+        adds_up(rows_of_whole(rows), "batch_norm")
         sums, squares = (empty((work.blocks, columns), dtype) for _ in range(2))
         launch(unit, "batch_norm_blocks", grid, block, X, sums, squares, *work.arguments)
         launch(
@@ -126,8 +128,10 @@ def backward(
     )  # fmt: skip
     dZ_prev = empty(X.shape, X.dtype) if dZ_prev is None else dZ_prev
     dgamma = empty((columns,), real) if dgamma is None else dgamma
-    # As dZ is multiplied, so are these.
-    dbeta, scaled = empty((columns,), real), dgamma if unscale is None else empty((columns,), real)
+    # Of these rows alone, and as dZ is multiplied, so are these.
+    dbeta, scaled, before = empty((columns,), real), dgamma, rows_before()
+    if unscale is not None or before is not None:
+        scaled = empty((columns,), real)
 
     unit = Unit("batch_norm.cu", variant(real, activation, storage(precision, False)))
     work = division(rows, columns)
@@ -140,8 +144,8 @@ def backward(
         )  # fmt: skip
     column_sums(sums, dbeta)
     column_sums(products, scaled)
-    if unscale is not None:
-        column_sums(products, dgamma, unscale)
+    if scaled is not dgamma:
+        column_sums(products, dgamma, unscale, before)
     if dZ_prev.size:
         launch(
             unit, "batch_norm_backward", grid, block, dZ, X, gamma, mean, rstd, dbeta, scaled,
@@ -149,5 +153,5 @@ def backward(
             *dropout_arguments(dropout, real),
         )  # fmt: skip
     if db_prev is not None:
-        column_sums(partial, db_prev, unscale)
+        column_sums(partial, db_prev, unscale, before)
     return dZ_prev, db_prev, dgamma

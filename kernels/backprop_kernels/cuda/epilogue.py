@@ -12,6 +12,7 @@ from backprop_kernels.arrays import Array, Dropout
 from backprop_kernels.cuda import code
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.launch import launch, on_device
+from backprop_kernels.cuda.part import rows_before
 from backprop_kernels.cuda.tiles import NUMBERS
 
 SAVES, SAVED_AS_BITS = {"": 0, "Y": 1, "Z": 2}, 3  # as epilogue.cuh numbers them
@@ -44,22 +45,30 @@ def storage(precision: str | None, as_sums: bool) -> tuple[str, ...]:
 
 
 def dropout_arguments(dropout: Dropout | None, dtype: Any) -> tuple[Any, ...]:
-    """stream, layer, threshold and scale, as kernels take them; a null stream drops nothing."""
+    """stream, rows before these, layer, threshold and scale, as kernels take them; a null stream
+    drops nothing."""
     dtype = np.dtype(dtype)
     if dropout is None or dropout.rate == 0:
-        return None, 0, 0, dtype.type(1)
+        return None, None, 0, 0, dtype.type(1)
     on_device("dropout", stream=dropout.stream)
     scale = dtype.type(1 / (1 - dropout.rate))
-    return dropout.stream, dropout.layer, round(dropout.rate * 2**32), scale
+    return dropout.stream, rows_before(), dropout.layer, round(dropout.rate * 2**32), scale
 
 
-def column_sums(partial: Array, sums: Array, factor: Array | None = None) -> None:
-    """sums (columns,) = the rows of partial (rows, columns), added in order, times factor ()."""
+def column_sums(
+    partial: Array, sums: Array, factor: Array | None = None, before: Array | None = None
+) -> None:
+    """sums (columns,) = the rows of partial (rows, columns), added in order, times factor ().
+
+    With `before` (), where it is not 0, they are added to the sums that are there.
+    """
     rows, columns = partial.shape
     if columns:
         unit = Unit("column_sums.cu", plain_variant(sums.dtype))
         grid = (-(-columns // SUM_THREADS),)
-        launch(unit, "column_sums", grid, (SUM_THREADS,), partial, factor, sums, rows, columns)
+        launch(
+            unit, "column_sums", grid, (SUM_THREADS,), partial, factor, before, sums, rows, columns
+        )  # fmt: skip
 
 
 @cache

@@ -20,9 +20,10 @@ from backprop_kernels.cuda.cast import cast
 from backprop_kernels.cuda.launch import capability, constant, copy, empty
 from backprop_kernels.cuda.linear_dgrad import dgrad
 from backprop_kernels.cuda.linear_forward import forward
-from backprop_kernels.cuda.linear_wgrad import wgrad
+from backprop_kernels.cuda.linear_wgrad import reads_along_batch, wgrad
 from backprop_kernels.cuda.mlp_fit import Choice, choose
 from backprop_kernels.cuda.mlp_step import whole
+from backprop_kernels.cuda.tiles import ALONG_K, HOPPER_ALONE
 from backprop_kernels.precisions import PRECISIONS
 
 
@@ -49,11 +50,16 @@ class InPrecision:
         self.layer_norm_backward = partial(layer_norm.backward, precision, self._unscale)
         self.batch_norm_forward = partial(batch_norm.forward, precision)
         self.batch_norm_backward = partial(batch_norm.backward, precision, self._unscale)
+        self.reads_along_batch = partial(reads_along_batch, precision)
         self.cast = partial(cast, precision)
         self.mlp_step = partial(whole, precision)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda, name)
+
+    def reads_rounded(self, P: Array) -> bool:
+        """Whether products on the GPU that holds P would cut off what is not rounded."""
+        return self.precision.name in ALONG_K and capability(P) == HOPPER_ALONE
 
     def one_kernel(self, layers: Sequence[LinearLayer], loss: str, rows: int, P: Array) -> Choice:
         """Whether `mlp_step` serves this network on the GPU that holds P, and why."""

@@ -50,7 +50,7 @@ def launch(
     grid = (*grid, 1, 1)[:3]
     if any(n > most for n, most in zip(grid, LARGEST_GRID, strict=True)):
         raise ShapeError(f"{entry}: expected a grid of at most {LARGEST_GRID}, got {grid}")
-    given = [a.matrix if isinstance(a, TensorMap) else a for a in arguments]
+    given = [m for a in arguments for m in (a.matrices if isinstance(a, TensorMap) else (a,))]
     arrays = tuple(a for a in given if is_array(a))
     device = arrays[0].device.id if arrays else cupy().cuda.Device().id
     with cupy().cuda.Device(device):

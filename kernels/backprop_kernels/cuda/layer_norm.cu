@@ -16,7 +16,7 @@ static DEVICE real team_sum(real x) { return TEAM == WARP ? lane_sum(x) : block_
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 layer_norm_forward(const stored* X, const real* gamma, const real* beta, result* Y, kept* saved,
                    real* mean, real* rstd, long long rows, long long columns, real eps,
-                   long long centred, const long long* stream, long long layer,
+                   long long centred, const long long* stream, const long long* before, long long layer,
                    long long threshold, real scale) {
     const long long i = blockIdx.x * (long long)(THREADS / TEAM) + threadIdx.x / TEAM;
     if (i >= rows) return;  // a whole team
@@ -32,7 +32,7 @@ layer_norm_forward(const stored* X, const real* gamma, const real* beta, result*
         square += d * d;
     }
     const real narrow = real(1) / sqrt(team_sum(square) / width + eps);
-    KeepMask keep(stream, layer, threshold);
+    KeepMask keep(stream, before, layer, threshold);
     for (long long j = lane; j / WARP * WARP < columns; j += TEAM) {  // whole warps
         const bool inside = j < columns;
         const real z = inside ? (X[e + j] - middle) * narrow * gamma[j] + beta[j] : real(0);
@@ -50,12 +50,12 @@ layer_norm_backward(const stored* dZ, const stored* X, const real* gamma, const 
                     const real* rstd, const kept* saved, stored* dZ_prev, real* products,
                     real* partial, long long rows, long long columns,
                     long long rows_per_block, long long across, long long centred,
-                    const long long* stream, long long layer, long long threshold,
+                    const long long* stream, const long long* before, long long layer, long long threshold,
                     real scale) {
     const long long first = blockIdx.x * rows_per_block, last = min(first + rows_per_block, rows);
     const int lane = threadIdx.x % TEAM;
     const real width = real(columns);
-    KeepMask keep(stream, layer, threshold);
+    KeepMask keep(stream, before, layer, threshold);
     for (long long i = first + threadIdx.x / TEAM; i < last; i += THREADS / TEAM) {
         const long long e = i * columns;
         real shift = real(0), slope = real(0);

@@ -19,6 +19,7 @@ from backprop_kernels.cuda.epilogue import (
     variant,
 )
 from backprop_kernels.cuda.launch import empty, launch, on_device
+from backprop_kernels.cuda.part import adds_up, rows_before, rows_of_whole
 from backprop_kernels.cuda.rows import THREADS, WARP, division
 
 WIDE = 1024  # columns: a wider row is shared by a block, a narrower one by a warp
@@ -111,7 +112,8 @@ def backward(
     )  # fmt: skip
     dZ_prev = empty(X.shape, X.dtype) if dZ_prev is None else dZ_prev
     dgamma = empty((columns,), real) if dgamma is None else dgamma
-    work = division(rows, columns)
+    work = division(rows, columns, rows_of_whole(rows))
+    adds_up(work.rows_per_block, "layer_norm_backward")
     products, partial = (empty((work.blocks, columns), real) for _ in range(2))
     if dZ_prev.size:
         launch(
@@ -120,9 +122,9 @@ def backward(
             dZ_prev, products, None if db_prev is None else partial, *work.arguments, int(centred),
             *dropout_arguments(dropout, real),
         )  # fmt: skip
-    column_sums(products, dgamma, unscale)
+    column_sums(products, dgamma, unscale, rows_before())
     if db_prev is not None:
-        column_sums(partial, db_prev, unscale)
+        column_sums(partial, db_prev, unscale, rows_before())
     return dZ_prev, db_prev, dgamma
 
 

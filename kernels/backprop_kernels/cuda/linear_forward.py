@@ -8,12 +8,14 @@ from __future__ import annotations
 from backprop_kernels import checks
 from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
-from backprop_kernels.cuda.by_tiles import grid, operands, written
+from backprop_kernels.cuda.by_tiles import along_k, grid, operands, result, written
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import SAVES_BITS, dropout_arguments, variant
 from backprop_kernels.cuda.launch import capability, empty, launch, on_device
+from backprop_kernels.cuda.part import rows_of_whole
 from backprop_kernels.cuda.tensor_map import can_map
 from backprop_kernels.cuda.tiles import choose
+from backprop_kernels.cuda.transpose import transposed
 
 
 def linear_forward(
@@ -31,9 +33,13 @@ def linear_forward(
 def forward(
     precision: str | None, X: Array, W: Array, b: Array | None = None,
     activation: str = "identity", dropout: Dropout | None = None,
-    out: tuple[Array | None, Array | None] | None = None,
+    out: tuple[Array | None, Array | None] | None = None, X_rounded: bool = False,
+    Y_rounded: bool = False, copy: Array | None = None, cell: Array | None = None,
 ) -> tuple[Array, Array | None]:  # fmt: skip
-    """`linear_forward` in a precision, or X's own. Y may be `stored` or, given as such, `real`."""
+    """`linear_forward` in a precision, or X's own. Y may be `stored` or, given as such, `real`.
+
+    In tf32, whether X holds rounded numbers, and Y shall; `copy` (out, batch): Yᵀ of these, as
+    transpose.py has it."""
     checks.linear_forward(X, W, b, activation, dropout, out, precision, SAVES_BITS)
     Y, kept = out or (None, None)
     on_device("linear_forward", X=X, W=W, b=b, out_Y=Y, out_saved=kept)
@@ -43,16 +49,22 @@ def forward(
     saved, kept = saved_output(Y, kept, activation, dropout, None if out else empty, SAVES_BITS)
     if Y.size:
         choice = choose(
-            "linear_forward", batch, out_features, in_features, precision or str(X.dtype),
-            capability(X), can_map(X, W, Y),
+            "linear_forward", rows_of_whole(batch), out_features, in_features,
+            precision or str(X.dtype), capability(X), can_map(X, W, Y),
         )  # fmt: skip
         tile = choice.tile
-        result = "using result = stored;" if Y.dtype == X.dtype else "using result = real;"
+        stored = "stored" if Y.dtype == X.dtype else "real"
         real = choice.precision.real
+        fused = copy if choice.along_k else None  # what its epilogue writes; another's follows
+        A, B = along_k(choice, X, X_rounded), along_k(choice, W, False)
+        types = (*choice.types, *result(stored, Y_rounded, fused))
         launch(
-            Unit("linear_forward.cu", variant(real, activation, (*choice.types, result))),
+            Unit("linear_forward.cu", variant(real, activation, types)),
             "linear_forward", grid(choice, batch, out_features, 1, X), (tile.threads,),
-            *operands(choice, X, W, batch, out_features), b, written(tile, Y), kept, batch,
-            out_features, in_features, *dropout_arguments(dropout, real), shared=tile.shared,
+            *operands(choice, A, B, batch, out_features), b, written(tile, Y, fused), kept, batch,
+            out_features, in_features, *dropout_arguments(dropout, real), cell,
+            shared=tile.shared,
         )  # fmt: skip
+        if copy is not fused:
+            transposed(Y, copy)
     return Y, saved

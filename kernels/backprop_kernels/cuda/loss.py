@@ -18,7 +18,8 @@ from backprop_kernels.arrays import Array
 from backprop_kernels.cuda import code
 from backprop_kernels.cuda.compile import Unit
 from backprop_kernels.cuda.epilogue import column_sums, plain_variant, variant
-from backprop_kernels.cuda.launch import constant, empty, launch, on_device, recording
+from backprop_kernels.cuda.launch import constant, copy, empty, launch, on_device, recording
+from backprop_kernels.cuda.part import PART, adds_up, rows_before, rows_of_whole
 from backprop_kernels.cuda.rows import THREADS, blocks_for, division
 from backprop_kernels.losses import LOSSES
 
@@ -55,14 +56,16 @@ def loss(
     value = empty((), np.float64) if value is None else value
     dZ = empty(Z.shape, Z.dtype) if dZ is None else dZ
     rows, columns = Z.shape
-    work = division(rows, columns)
+    part = PART.get()
+    work = division(rows, columns, rows_of_whole(rows))
+    adds_up(work.rows_per_block, "the loss")
     blocks = work.blocks if columns else 0
     partial, values = empty((blocks, columns), Z.dtype), empty((blocks,), np.float64)
     numbers = option_arguments(options, Z.dtype)
     labels, values_of = aim(name, target)
     shares = row_shares(Z.shape, Z.dtype, labels, options, numbers[3], sample_weight)
     if blocks:
-        share = Z.dtype.type(1 / rows)
+        share = Z.dtype.type(1 / (rows if part is None else part.whole))
         common = shares, share, dZ, partial, values, *work.arguments
         grid, block = (blocks,), (THREADS,)
         if name == "cross_entropy":
@@ -79,7 +82,7 @@ def loss(
             launch(unit, "loss", grid, block, Z, target, *common, *numbers)
     sum_up(values, value, Z.dtype)
     if db is not None:
-        column_sums(partial, db)
+        column_sums(partial, db, before=rows_before())
     return value, dZ, db
 
 
@@ -101,11 +104,17 @@ def row_shares(
 ) -> Array | None:  # fmt: skip
     """(rows,): what each row weighs in the mean; None where all weigh the same.
 
-    Checks class ids before anything is written.
+    In a part of a batch, what it weighs among as many rows of weight 1 as the whole batch has; then
+    what all rows of the part weigh becomes known too. Checks class ids before anything is written.
     """
     rows, classes = shape
+    part = PART.get()
     if not rows or (labels is None and weights is None):
+        if part is not None:
+            copy(part.mass, np.full(1, rows, np.float64))
         return None
+    if part is not None:
+        part.weighted = weights is not None or class_weight is not None
     ignored = int(options.get("ignore_index", 0))
     blocks = blocks_for(rows)
     totals, wrong = empty((blocks,), np.float64), empty((blocks,), np.int64)
@@ -115,7 +124,10 @@ def row_shares(
     launch(unit, "loss_weights", grid, block, *common, class_weight, totals, wrong, rows)
     if labels is not None and not recording() and wrong.get().any():
         checks.class_ids(labels.get(), classes, ignored)
-    launch(unit, "loss_shares", grid, block, *common, totals, blocks, shares, rows)
+    mass, whole = (None, 0) if part is None else (part.mass, part.whole)
+    launch(
+        unit, "loss_shares", grid, block, *common, totals, blocks, shares, rows, whole, mass
+    )  # fmt: skip
     return shares
 
 

@@ -2,7 +2,8 @@
 //
 // weights (rows) or null, labels (rows) or null, class_weight (classes) or null    read
 // totals, wrong (blocks): the sum of the weights, and how many labels are no class    written
-// shares (rows): weight / the sum of all weights                                      written
+// shares (rows): weight / the sum of all weights, or / `whole` where that is not 0    written
+// mass () or null: the sum of all weights                                             written
 // values (blocks)    read;    value ()    written
 // A label that is no class is never an index: its row weighs NaN, and so does everything after it;
 // the launcher reads `wrong`. label_t is the integer type of the labels. Float64, as value is.
@@ -53,12 +54,14 @@ loss_weights(const real* weights, const label_t* labels, long long ignored, long
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 loss_shares(const real* weights, const label_t* labels, long long ignored, long long classes,
-            const double* totals, long long count, real* shares, long long rows) {
+            const double* totals, long long count, real* shares, long long rows, long long whole,
+            double* mass) {
     const double total = array_sum(totals, count);
+    if (mass && blockIdx.x == 0 && threadIdx.x == 0) *mass = total;
     for (long long i = blockIdx.x * (long long)THREADS + threadIdx.x; i < rows;
          i += gridDim.x * (long long)THREADS) {
         const double weight = row_weight(weights, labels, ignored, classes, i);
-        shares[i] = weight == 0 || total == 0 ? real(0) : real(weight / total);
+        shares[i] = weight == 0 || total == 0 ? real(0) : real(weight / (whole ? double(whole) : total));
     }
 }
 

@@ -2,6 +2,8 @@
 //
 // G (parameters), scalars (rows, 1 + SCALARS), guard () or null, spans (count, 3) or null    read
 // P, state (parameters)                                                            read and written
+// sure () or null: where it is not 0, only `left` (n_left, 3) is left to do, spans like the others; the
+// squares of all other gradients are in done (n_done), and their elements of G are not read    read
 // squares (blocks), norm ()                                                                 written
 // Fused into the update: the finite check, clipping, decay and penalties.
 // gradient_squares: every block sums the squares of every so-many-th element. optimizer_update: every
@@ -11,18 +13,34 @@
 #include "reduce.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-gradient_squares(const real* G, double* squares, long long size) {
-    const double sum = square_sum(G, size);
+gradient_squares(const real* G, double* squares, long long size, const u32* sure, const long long* left,
+                 long long n_left, const double* done, long long n_done) {
+    double sum = 0;
+    if (sure && *sure) {
+        for (long long k = 0; k < n_left; ++k)
+            sum += square_share(G + left[3 * k], left[3 * k + 1] - left[3 * k]);
+        for (long long i = blockIdx.x * (long long)THREADS + threadIdx.x; i < n_done;
+             i += gridDim.x * (long long)THREADS)
+            sum += done[i];
+    } else {
+        sum = square_share(G, size);
+    }
+    sum = block_sum(sum);
     if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 optimizer_update(real* P, const real* G, real* state0, real* state1, const double* scalars,
                  const double* guard, const double* squares, long long count, double* norm,
-                 long long size, const long long* spans, long long n_spans) {
+                 long long size, const long long* spans, long long n_spans, const u32* sure,
+                 const long long* left, long long n_left) {
     const double length = sqrt(array_sum(squares, count));
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) norm[0] = length;
     if (!isfinite(length) || (guard && !isfinite(guard[0]))) return;
+    if (sure && *sure) {
+        spans = left;
+        n_spans = n_left;
+    }
     for (long long span = blockIdx.y; span < n_spans; span += gridDim.y) {
         const long long start = spans ? spans[3 * span] : 0;
         const long long stop = spans ? spans[3 * span + 1] : size;
@@ -36,7 +54,7 @@ optimizer_update(real* P, const real* G, real* state0, real* state1, const doubl
              i += gridDim.x * (long long)THREADS) {
             real s[2] = {state0[i], STATES == 2 ? state1[i] : real(0)};
             real p = P[i];
-            step(p, G[i] * clip, s, c);
+            step(p, rounded_product(G[i], clip), s, c);
             P[i] = p;
             state0[i] = s[0];
             if (STATES == 2) state1[i] = s[1];

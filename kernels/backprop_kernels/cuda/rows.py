@@ -29,10 +29,15 @@ class Division(NamedTuple):
         return self[1:]
 
 
-def division(rows: int, columns: int) -> Division:
-    """At least one element for each thread of a block, and no more than MOST_BLOCKS blocks."""
+def division(rows: int, columns: int, whole: int = 0) -> Division:
+    """At least one element for each thread of a block, and no more than MOST_BLOCKS blocks.
+
+    By `whole`, the rows of the batch that these are a part of, or by these. A block takes a power
+    of two of rows, so that parts hold whole blocks.
+    """
     side = across(columns)
-    rows_per_block = max(THREADS // side, -(-rows // MOST_BLOCKS))
+    wanted = max(THREADS // side, -(-max(whole, rows) // MOST_BLOCKS))
+    rows_per_block = 1 << (wanted - 1).bit_length()
     return Division(-(-rows // rows_per_block), rows, columns, rows_per_block, side)
 
 

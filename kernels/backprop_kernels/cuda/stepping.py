@@ -8,6 +8,7 @@ change nothing until the host says `go_on`. The kernels and their contract: step
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,14 +17,19 @@ import numpy as np
 from backprop_kernels.arrays import Array
 from backprop_kernels.cuda import code
 from backprop_kernels.cuda.compile import Unit
-from backprop_kernels.cuda.launch import cupy, empty, launch
+from backprop_kernels.cuda.epilogue import plain_variant
+from backprop_kernels.cuda.fused_update import FusedUpdate
+from backprop_kernels.cuda.launch import constant, cupy, empty, launch
 from backprop_kernels.cuda.limits import limit_rows, limit_tensor
 from backprop_kernels.cuda.memory import pinned
+from backprop_kernels.cuda.part import Part, part_of
+from backprop_kernels.cuda.rows import blocks_for
 from backprop_kernels.errors import KindError
 from backprop_kernels.optimizers import OPTIMIZERS
 
 THREADS = 256  # as stepping.cu has it
-STEPS, RATE, STOPPED, LOSS, NORM, APPLIED, GUARD, FIELDS = range(8)  # of `state`, likewise
+# Of `state`, likewise.
+STEPS, RATE, STOPPED, LOSS, NORM, APPLIED, GUARD, MASS, SHARES, FIELDS = range(10)
 DEPTH = 16  # outcomes that may be on their way to the host
 
 
@@ -52,7 +58,8 @@ class Stepping:
         self.value, self.norm, self.stream = value, norm, stream
         self.state = empty((FIELDS,), np.float64)
         self.state.fill(0)
-        self.guard = self.state[GUARD:FIELDS].reshape(())
+        self.guard = self.state[GUARD:MASS].reshape(())
+        self.before = constant(np.zeros(1), np.int64)  # rows of this step, in parts that are over
         self.statistics = [(now, empty(now.shape, now.dtype)) for now in statistics]
         self._options = empty((len(options), 1 + len(_numbers(options[0][1]))), np.float64)
         self._unit = Unit("stepping.cu", _variant(rule, _switches(options[0][1])))
@@ -78,10 +85,41 @@ class Stepping:
         self.state[STEPS : STEPS + 1].set(np.array([steps], np.float64))
         self.stream[1:2].set(np.array([steps], np.int64))
 
+    def fused(self, backend: Any, layers: int) -> FusedUpdate:
+        """`backend` for one captured step, with the update where weight gradients are made."""
+        return FusedUpdate(backend, layers)
+
     def remember(self) -> None:
         """Operator, before forward."""
         for now, before in self.statistics:
-            self._words("remember", now, before)
+            self._words("remember", self.before, now, before)
+
+    def part(self, rows: int, whole: int) -> AbstractContextManager[Part]:
+        """Around the operators of a batch that is a part of a step's batch of `whole` rows."""
+        return part_of(Part(rows, whole, self.before, empty((1,), np.float64)))
+
+    def part_end(self, part: Part, room: int) -> None:
+        """Operator, after backward of a part, which may have `room` rows."""
+        launch(
+            self._unit, "part_end", (1,), (32,), self.state, self.value, part.mass, self.before,
+            np.float64(part.whole), room,
+        )  # fmt: skip
+        self._take_back()
+
+    def to_mean(self, G: Array, whole: int) -> None:
+        """Operator, after the last part: G, divided by `whole` so far, by what the rows weigh."""
+        unit, mass = Unit("part.cu", plain_variant(G.dtype)), self.state[MASS : MASS + 1]
+        launch(unit, "to_mean", (blocks_for(G.size),), (THREADS,), G, mass, whole, G.size)
+
+    def parts(self) -> tuple[float, float]:
+        """(what the rows of the parts so far weighed, the sum of their shares of the loss)."""
+        mass, shares = self.state[MASS:FIELDS].get()
+        return float(mass), float(shares)
+
+    def set_parts(self, rows: int, mass: float, shares: float) -> None:
+        """Go on from parts that had room for `rows` rows."""
+        self.before.set(np.array([rows], np.int64))
+        self.state[MASS:FIELDS].set(np.array([mass, shares], np.float64))
 
     def scalars(self) -> None:
         """Operator, after backward and before the optimizer, whose guard is `guard`."""
@@ -101,7 +139,13 @@ class Stepping:
 
     def end(self) -> None:
         """Operator, after all others."""
-        launch(self._unit, "step_end", (1,), (32,), self.state, self.value, self.norm, self.stream)
+        launch(
+            self._unit, "step_end", (1,), (32,), self.state, self.value, self.norm, self.stream,
+            self.before,
+        )  # fmt: skip
+        self._take_back()
+
+    def _take_back(self) -> None:
         for now, before in self.statistics:
             self._words("take_back", self.state, before, now)
 
@@ -124,8 +168,9 @@ class Stepping:
         return Outcome(float(state[LOSS]), float(state[NORM]), bool(state[APPLIED]))
 
     def go_on(self) -> None:
-        """Apply steps again, after one that was refused."""
+        """Apply steps again, after one that was refused; what it was made of is forgotten."""
         self.state[STOPPED : STOPPED + 1].set(np.zeros(1))
+        self.set_parts(0, 0.0, 0.0)
 
 
 def _numbers(options: Mapping[str, Any]) -> list[float]:

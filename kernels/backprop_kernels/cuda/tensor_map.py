@@ -26,7 +26,7 @@ class TensorMap(NamedTuple):
     """`encoded` is an array of one element of 128 bytes, which CuPy passes by value."""
 
     encoded: np.ndarray
-    matrix: Array
+    matrices: tuple[Array, ...]
 
 
 def can_map(*matrices: Array) -> bool:
@@ -40,16 +40,34 @@ def can_map(*matrices: Array) -> bool:
     )
 
 
+def pitch(matrix: Array) -> int:
+    """Bytes from one row to the next; to where it could be, if there is but one."""
+    if len(matrix) > 1:
+        return int(matrix.strides[0])
+    return -(-int(matrix.nbytes) // ROWS_ON) * ROWS_ON
+
+
+def two(first: TensorMap, second: TensorMap) -> TensorMap:
+    """Both as one argument: a structure of two maps."""
+    place = _place(2 * BYTES)
+    place[:BYTES], place[BYTES:] = (m.encoded.view(np.uint8) for m in (first, second))
+    return TensorMap(place.view(np.dtype((np.void, 2 * BYTES))), first.matrices + second.matrices)
+
+
 def tensor_map(matrix: Array, box: tuple[int, int], swizzled: bool) -> TensorMap:
-    """The map of a C-contiguous matrix in boxes of (rows, columns), each at most 256.
+    """The map of a row-major matrix in boxes of (rows, columns), each at most 256.
 
     Swizzled, a row of a box is 128 bytes, whose chunks of 16 are crossed with the row's number.
     """
-    raw = np.zeros(BYTES + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    place = raw[start : start + BYTES]
+    place = _place(BYTES)
     encode(place, matrix, box, swizzled)
-    return TensorMap(place.view(np.dtype((np.void, BYTES))), matrix)
+    return TensorMap(place.view(np.dtype((np.void, BYTES))), (matrix,))
+
+
+def _place(size: int) -> np.ndarray:
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
 
 
 def encode(place: np.ndarray, matrix: Array, box: tuple[int, int], swizzled: bool) -> None:
@@ -64,7 +82,7 @@ def encode(place: np.ndarray, matrix: Array, box: tuple[int, int], swizzled: boo
     failed = driver.cuTensorMapEncodeTiled(
         ctypes.c_void_p(place.ctypes.data), TYPES[str(matrix.dtype)], ctypes.c_uint32(2),
         ctypes.c_void_p(matrix.data.ptr), (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(columns * matrix.itemsize), (ctypes.c_uint32 * 2)(*box[::-1]),
+        (ctypes.c_uint64 * 1)(pitch(matrix)), (ctypes.c_uint32 * 2)(*box[::-1]),
         (ctypes.c_uint32 * 2)(1, 1), 0, SWIZZLE_128 if swizzled else SWIZZLE_NONE, PROMOTE_256, 0,
     )  # fmt: skip
     if failed:

@@ -13,14 +13,18 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
+import numpy as np
+
 from backprop_kernels.cuda import cublaslt
+from backprop_kernels.cuda.tensor_map import ROWS_ON
 from backprop_kernels.errors import OptionError
 from backprop_kernels.precisions import PRECISIONS, Precision
 
 TENSOR_CORES = 80  # the compute capability that has them for every precision of the table
 HOPPER_ALONE = 90  # wgmma is neither on older GPUs nor on newer ones
 STRIP_BYTES = 64  # of K, per row of a strip in shared memory, as tensor_product.cuh has it
-# As hopper_product.cuh has them: K in a strip, and bytes to write a tile by, for each warpgroup.
+# As hopper_product.cuh has them: K in a strip of 16-bit numbers, and bytes to write a tile by, for
+# each warpgroup.
 STRIP_K, WRITE_BYTES = 64, 64 * 36 * 4 + 2 * 32 * 32 * 4
 
 
@@ -36,6 +40,7 @@ class Tile(NamedTuple):
     header: str
     numbers: tuple[int, ...]  # the template's arguments in that header
     summed_rows: int  # whose columns are added up at once
+    writers: int  # threads that write as many rows
     cluster: int = 1  # blocks that share what they fetch: for tiles below one another
 
     def blocks(self, rows: int, columns: int) -> int:
@@ -49,13 +54,13 @@ class Tile(NamedTuple):
 
 def _simt(name: str, m: int, n: int, k: int, rows: int, columns: int) -> Tile:
     threads = m * n // (rows * columns)
-    return Tile("simt", name, m, n, threads, 0, "product.cuh", (m, n, k, rows, columns), m)
+    return Tile("simt", name, m, n, threads, 0, "product.cuh", (m, n, k, rows, columns), m, threads)
 
 
 def _ampere(name: str, m: int, n: int, warp_m: int, warp_n: int, stages: int) -> Tile:
     threads, shared = 32 * (m // warp_m) * (n // warp_n), stages * (m + n) * STRIP_BYTES
     numbers = (m, n, warp_m, warp_n, stages)
-    return Tile("ampere", name, m, n, threads, shared, "tensor_product.cuh", numbers, m)
+    return Tile("ampere", name, m, n, threads, shared, "tensor_product.cuh", numbers, m, threads)
 
 
 def _hopper(name: str, pieces: int, n: int, stages: int, cluster: int, ping_pong: bool) -> Tile:
@@ -64,7 +69,7 @@ def _hopper(name: str, pieces: int, n: int, stages: int, cluster: int, ping_pong
     shared = stages * (m + n) * 2 * STRIP_K + 2 * WRITE_BYTES + (stages + 1) * 16
     numbers = (pieces, n, stages, cluster, int(ping_pong))
     header = "hopper_product.cuh"
-    return Tile("hopper", name, m, n, 384, shared, header, numbers, 64 * pieces, cluster)
+    return Tile("hopper", name, m, n, 384, shared, header, numbers, 64 * pieces, 128, cluster)
 
 
 # The largest first: it needs the least memory traffic, where there are blocks enough to fill a GPU.
@@ -86,8 +91,11 @@ HOPPER = {
     "linear_dgrad": (PING_PONG, COOPERATIVE, NARROW),
     "linear_wgrad": (COOPERATIVE, NARROW, PING_PONG),
 }
-HOPPERS = ("bf16", "fp16")  # what wgmma takes whichever way K runs
-LIBRARY = Tile("cublaslt", "of its own", 32, 128, 256, 0, "given_product.cuh", (32, 128, 256), 32)
+HOPPERS = ("bf16", "fp16", "tf32")  # what wgmma takes
+ALONG_K = ("tf32",)  # along K alone, and cut off: it is rounded before
+LIBRARY = Tile(
+    "cublaslt", "of its own", 32, 128, 256, 0, "given_product.cuh", (32, 128, 256), 32, 256
+)
 # What lies in memory, and what is multiplied: the C++ types of floats.cuh.
 NUMBERS = {
     "float32": ("real", "real"),
@@ -142,6 +150,11 @@ class Choice(NamedTuple):
     def why(self) -> str:
         """What decided, in words."""
         return f"{self.question}: {self.reason}"
+
+    @property
+    def along_k(self) -> bool:
+        """Whether both operands must be rounded and lie along K: copies of those that do not."""
+        return self.tile.generation == "hopper" and self.precision.name in ALONG_K
 
     @property
     def name(self) -> str:
@@ -232,9 +245,10 @@ def _for_hopper(
 ) -> Tile | str:
     """The tile for wgmma, or why there is none."""
     if precision not in HOPPERS:
-        return "which takes no others than 16-bit numbers as they lie in memory"
+        return "which takes numbers as they lie in memory, and no planes of them"
     if not can_map:
-        return "as rows do not all start on 16 bytes: make widths multiples of 8"
+        width = ROWS_ON // np.dtype(PRECISIONS[precision].stored).itemsize
+        return f"as rows do not all start on {ROWS_ON} bytes: make widths multiples of {width}"
     for tile in HOPPER[operator]:
         runs = -(-terms // _run(operator, tile, rows, columns, terms))
         if tile.blocks(rows, columns) * runs >= ENOUGH_BLOCKS:
@@ -247,5 +261,6 @@ def _run(operator: str, tile: Tile, rows: int, columns: int, terms: int) -> int:
     if operator != "linear_wgrad" or tile is LIBRARY or not rows * columns * terms:
         return max(terms, 1)
     wanted = -(-BLOCKS_WANTED[tile.generation] // tile.blocks(rows, columns))
-    run = -(-terms // max(1, min(wanted, -(-terms // LEAST_TERMS[tile.generation]))))
-    return -(-run // STRIP_K) * STRIP_K if tile.generation == "hopper" else run
+    run = max(-(-terms // wanted), LEAST_TERMS[tile.generation])
+    # A power of two, so that a batch that comes in parts (part.py) can come in whole runs.
+    return terms if wanted == 1 else min(terms, 1 << run.bit_length() - 1)

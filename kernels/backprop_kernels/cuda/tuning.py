@@ -26,12 +26,16 @@ from backprop_kernels.cuda.linear_dgrad import dgrad
 from backprop_kernels.cuda.linear_forward import forward
 from backprop_kernels.cuda.linear_wgrad import wgrad
 from backprop_kernels.cuda.tiles import DECIDE, Choice
+from backprop_kernels.cuda.transpose import padded
 from backprop_kernels.errors import DeviceMemoryError, DeviceUnavailableError
 from backprop_kernels.precisions import round_to
 
 REPEATS, ROUNDS = 10, 5
 DRAWN = 1 << 20  # numbers; larger matrices repeat them
-FILES = ("linear_forward.cu", "linear_dgrad.cu", "linear_wgrad.cu", "column_sums.cu")
+FILES = (
+    "linear_forward.cu", "linear_dgrad.cu", "linear_wgrad.cu", "column_sums.cu", "cast.cu",
+    "transpose.cu",
+)  # fmt: skip
 
 
 @contextmanager
@@ -106,13 +110,16 @@ def _operator(choice: Choice) -> Callable[[], Any]:
 
     if choice.operator == "linear_forward":
         X, W, Y = drawn(rows, terms), drawn(columns, terms), empty((rows, columns), row.stored)
-        return lambda: forward(precision, X, W, out=(Y, None))
+        return lambda: forward(precision, X, W, out=(Y, None), X_rounded=True)
     if choice.operator == "linear_dgrad":
         dZ, W, dX = drawn(rows, terms), drawn(terms, columns), empty((rows, columns), row.stored)
         db = empty((columns,), row.real)
-        return lambda: dgrad(precision, None, dZ, W, out=(dX, db))
+        return lambda: dgrad(precision, None, dZ, W, out=(dX, db), dZ_rounded=True)
     dZ, X, dW = drawn(terms, rows), drawn(terms, columns), empty((rows, columns), row.real)
-    return lambda: wgrad(precision, None, dZ, X, dW)
+    copies = None, None
+    if choice.along_k:  # which come with dZ and X
+        copies = tuple(drawn(n, padded(terms))[:, :terms] for n in (rows, columns))
+    return lambda: wgrad(precision, None, dZ, X, dW, copies)
 
 
 @cache

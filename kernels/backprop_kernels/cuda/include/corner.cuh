@@ -17,13 +17,23 @@ template <class T> DEVICE Corner corner(u32 block, long long M, long long N) {
     return {(first + i % height) * (long long)T::M, i / height * (long long)T::N};
 }
 
-// K in runs of `length`. Blocks that take turns at a tile keep its sums in `unfinished`.
-struct Cut {
+// K in runs of `length`. Blocks that take turns at a tile keep its sums in `unfinished`. Where rows came
+// `before` those along this K, sums go on from those in `earlier` (M, N): CHAINED, they begin with them;
+// ADDED, the first run's are added to them.
+enum Start { FRESH, CHAINED, ADDED };
+template <Start FROM> struct Cut {
+    static constexpr Start START = FROM;
     long long length;
     real* unfinished;
     u32* turns;
+    const real* earlier = nullptr;
+    const long long* before = nullptr;
+
+    DEVICE bool goes_on() const { return *before != 0; }
 };
-struct Uncut {};
+struct Uncut {
+    static constexpr Start START = FRESH;
+};
 
 struct NoSums {};  // of columns, in the place of a function of them
 template <class A, class B> constexpr bool same_type = false;

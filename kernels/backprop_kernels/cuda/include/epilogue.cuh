@@ -27,7 +27,7 @@ DEVICE real forward_epilogue(real z, long long row, long long column, long long 
         saved[element] = kept(SAVES == 1 ? y : z);
     }
     if (!keep.drops) return y;
-    return keep(element) ? y * scale : real(0);
+    return keep(keep.rows() * columns + element) ? y * scale : real(0);
 }
 
 // What `saved` says of an element: Y or Z, or the word with its bit.
@@ -44,7 +44,7 @@ DEVICE Saved read_saved(const kept* saved, long long row, long long column, long
 // dZ of the layer below, from the gradient g of an element of its output.
 DEVICE real backward_epilogue(real g, long long row, long long column, long long columns, Saved saved,
                               KeepMask& keep, real scale) {
-    if (keep.drops) g = keep(row * columns + column) ? g * scale : real(0);
+    if (keep.drops) g = keep((keep.rows() + row) * columns + column) ? g * scale : real(0);
     if (SAVES == SAVED_AS_BITS) return g * (saved.bits >> column % WORD & 1 ? STEEP : FLAT);
     return g * derivative(saved.value);
 }

@@ -38,14 +38,20 @@ struct fp16 : AsStored {
     }
 };
 
-// In memory a float; rounded to 11 bits as it becomes an operand.
+// In memory a float; rounded to 11 bits as it becomes an operand, or for wgmma as it is stored.
 struct tf32 {
     static constexpr int FRAGMENTS = 1, PLANES = 1;
+    float value;
+    DEVICE explicit tf32(float x) : value(as_float(to_tf32(as_bits(x)))) {}
+    DEVICE operator float() const { return value; }
     template <bool OF_B> static DEVICE void ready(u32 (&planes)[1][4], const u32 (&from)[1][4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) planes[0][i] = to_tf32(from[0][i]);
     }
     static DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { mma_tf32(d, a, b); }
+    template <bool, bool, int COUNT> static DEVICE void multiply_group(float (&d)[COUNT], u64 a, u64 b, int keep) {
+        wgmma_tf32(d, a, b, keep);
+    }
 };
 
 // In memory a float; as operand the sum of COUNT bfloat16, each the nearest to what those before it

@@ -13,6 +13,8 @@ struct Sums {
     const real* at;  // the whole of C
 };
 
+template <class F> static DEVICE void begin(Sums&, Corner, F) {}
+
 template <bool A_BY_K, bool B_BY_K>
 static DEVICE void multiply(const stored* A, long long, const stored*, long long, long long, long long, Corner,
                             long long, long long, Sums& sums) {

@@ -5,7 +5,7 @@
 
 using Matrix = const stored*;
 template <class T> using Target = T*;
-constexpr int CLUSTER = 1, SUMMED_ROWS = Tile::M;
+constexpr int CLUSTER = 1, SUMMED_ROWS = Tile::M, WRITERS = Tile::THREADS;
 constexpr bool RESIDENT = false;
 #define BY_TILES __launch_bounds__(Tile::THREADS, 1)
 
@@ -15,11 +15,16 @@ template <bool A_BY_K, bool B_BY_K, class Runs, class Finish>
 static DEVICE void for_each_tile(Matrix A, Matrix B, long long M, long long N, long long K, Runs runs, Finish finish) {
     const Corner at = corner<Tile>(blockIdx.x, M, N);
     long long k0 = 0, k_end = K;
-    if constexpr (same_type<Runs, Cut>) {
+    if constexpr (!same_type<Runs, Uncut>) {
         k0 = blockIdx.y * runs.length;
         k_end = min(k0 + runs.length, K);
     }
     Sums sums;
+    begin(sums, at, [&](long long m, long long n) {
+        if constexpr (Runs::START == CHAINED)
+            if (runs.goes_on() && m < M && n < N) return runs.earlier[m * N + n];
+        return real(0);
+    });
     multiply<A_BY_K, B_BY_K>(A, A_BY_K ? M : K, B, B_BY_K ? N : K, M, N, at, k0, k_end, sums);
     finish(at, sums);
 }

@@ -8,16 +8,20 @@ struct KeepMask {
     long long block = -1;                     // none yet
     unsigned long long threshold;  // up to 2^32: nothing is kept then
     bool drops;                    // whether there is dropout at all
+    const long long* before;       // how many rows came before those of these arrays, or null for none
 
     // stream: seed, step on the device; null where there is no dropout and everything is kept.
-    DEVICE KeepMask(const long long* stream, long long layer, long long threshold)
-        : layer(unsigned(layer)), threshold(threshold), drops(stream != nullptr) {
+    DEVICE KeepMask(const long long* stream, const long long* before, long long layer, long long threshold)
+        : layer(unsigned(layer)), threshold(threshold), drops(stream != nullptr), before(before) {
         if (!drops) return;
         const unsigned long long seed = stream[0];
         key0 = unsigned(seed);
         key1 = unsigned(seed >> 32);
         step = unsigned(stream[1]);
     }
+
+    // Read again for each element: registers are for sums.
+    DEVICE long long rows() const { return before ? *before : 0; }
 
     // Whether the element is kept. Cheapest where a thread asks for elements in order.
     DEVICE bool operator()(long long element) {

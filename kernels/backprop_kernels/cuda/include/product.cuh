@@ -56,16 +56,20 @@ struct Sums {
     real at[Tile::R][Tile::C];
 };
 
-// This thread's elements of the tile of C at `corner`, summed over k0 <= k < k_end in order.
+// Let the sums of the tile of C at `corner` begin with f(m, n).
+template <class F> static DEVICE void begin(Sums& sums, Corner corner, F f) {
+#pragma unroll
+    for (int i = 0; i < Tile::R; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::C; ++j) sums.at[i][j] = f(corner.m + Tile::row(i), corner.n + Tile::column(j));
+}
+
+// Add to this thread's elements of that tile, over k0 <= k < k_end in order.
 template <bool A_BY_K, bool B_BY_K>
 static DEVICE void multiply(const real* A, long long lda, const real* B, long long ldb, long long M,
                             long long N, Corner corner, long long k0, long long k_end, Sums& sums) {
     __shared__ __align__(16) real s_A[2][Tile::K][Tile::M + Tile::PAD];
     __shared__ __align__(16) real s_B[2][Tile::K][Tile::N + Tile::PAD];
-#pragma unroll
-    for (int i = 0; i < Tile::R; ++i)
-#pragma unroll
-        for (int j = 0; j < Tile::C; ++j) sums.at[i][j] = real(0);
     Strip<Tile::M, A_BY_K> a;
     Strip<Tile::N, B_BY_K> b;
     a.fetch(A, lda, corner.m, M, k0, k_end);

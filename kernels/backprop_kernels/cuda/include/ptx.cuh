@@ -114,6 +114,33 @@ DEVICE u32 as_bits(float x) {
 #endif
 }
 
+// The product as it is rounded: never part of a fused multiply-add.
+DEVICE float rounded_product(float a, float b) {
+#ifdef __CUDACC__
+    return __fmul_rn(a, b);
+#else
+    return host::rounded(a * b);
+#endif
+}
+DEVICE double rounded_product(double a, double b) {
+#ifdef __CUDACC__
+    return __dmul_rn(a, b);
+#else
+    return host::rounded(a * b);
+#endif
+}
+
+// ---- a maximum that many threads keep, whoever comes first
+
+// *cell becomes `value` where that is more. Most often it is not: a look costs less than an atomic.
+DEVICE void raise_to(u32* cell, u32 value) {
+#ifdef __CUDACC__
+    if (*static_cast<volatile u32*>(cell) < value) atomicMax(cell, value);
+#else
+    if (__atomic_load_n(cell, __ATOMIC_RELAXED) < value) atomicMax(cell, value);
+#endif
+}
+
 // ---- cp.async: global to shared memory past the registers (sm_80)
 
 // Copy 16 bytes, of which all but the first `valid` become 0; both addresses on 16 bytes.
@@ -432,7 +459,7 @@ DEVICE void load_box_multicast(shared_t to, const TensorMap* map, shared_t barri
 // ---- wgmma: a warpgroup's product from shared memory (sm_90a)
 
 // Describes rows of 128 bytes with the 128-byte swizzle, K running along them, groups of 8 rows 1024
-// bytes apart. The next 16 columns of K are 32 bytes further.
+// bytes apart. What an instruction takes of K is 32 bytes; the next ones follow.
 DEVICE u64 rows_of_128(shared_t address) {
 #ifdef __CUDACC__
     return u64((address & 0x3ffff) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
@@ -513,6 +540,27 @@ template <int PENDING> DEVICE void wgmma_wait() {
     WGMMA(NAME, KIND, VALUE, 256, NAMES_128, 128, 129, 130, 131, 132, D32(0), D32(32), D32(64), D32(96))
 WGMMA_EACH(wgmma_bf16, "bf16", host::from_bf16)
 WGMMA_EACH(wgmma_fp16, "f16", host::from_fp16)
+
+// The same for a (64 x 8) and b (N x 8) of tf32, which are float32 whose last 13 bits are ignored. It takes
+// both rows_of_128 and nothing else.
+#ifdef __CUDACC__
+#define WGMMA_TF32(N, NAMES, A, B, KEEP, ...) \
+    DEVICE void wgmma_tf32(float (&d)[N / 2], u64 a, u64 b, int keep) { \
+        asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k8.f32.tf32.tf32 {" NAMES "}, %" #A ", %" #B \
+                     ", keep, 1, 1;\n}" \
+                     : __VA_ARGS__ : "l"(a), "l"(b), "r"(keep)); \
+    }
+#else
+#define WGMMA_TF32(N, ...) \
+    DEVICE void wgmma_tf32(float (&d)[N / 2], u64 a, u64 b, int keep) { \
+        host::product_later(d, N, a, b, false, false, host::from_tf32, keep, 4); \
+    }
+#endif
+WGMMA_TF32(64, NAMES_32, 32, 33, 34, D32(0))
+WGMMA_TF32(128, NAMES_64, 64, 65, 66, D32(0), D32(32))
+WGMMA_TF32(192, NAMES_96, 96, 97, 98, D32(0), D32(32), D32(64))
+WGMMA_TF32(256, NAMES_128, 128, 129, 130, D32(0), D32(32), D32(64), D32(96))
 
 // Give registers of this warpgroup back, or take more: COUNT each, a multiple of 8.
 template <int COUNT> DEVICE void give_registers() {

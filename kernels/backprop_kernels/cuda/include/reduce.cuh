@@ -26,14 +26,17 @@ template <class T> static DEVICE T block_sum(T x) {
 }
 
 // The sum of the squares of every so-many-th element, in float64, whose range holds the square of any
-// float32. All blocks of the grid take part; each gets its own share.
-static DEVICE double square_sum(const real* x, long long size) {
+// float32. All threads of the grid take part; each gets its own share.
+static DEVICE double square_share(const real* x, long long size) {
     double sum = 0;
     for (long long i = blockIdx.x * (long long)THREADS + threadIdx.x; i < size;
          i += gridDim.x * (long long)THREADS)
         sum += double(x[i]) * double(x[i]);
-    return block_sum(sum);
+    return sum;
 }
+
+// The share of a block.
+static DEVICE double square_sum(const real* x, long long size) { return block_sum(square_share(x, size)); }
 
 // The sum of an array, by one block.
 static DEVICE double array_sum(const double* terms, long long count) {

@@ -130,7 +130,19 @@ static DEVICE void add_products(Sums& sums, int j, const u32 (&a)[Tile::ROWS][op
     }
 }
 
-// This warp's elements of the tile of C at `corner`, summed over k0 <= k < k_end.
+// Let the sums of the tile of C at `corner` begin with f(m, n).
+template <class F> static DEVICE void begin(Sums& sums, Corner corner, F f) {
+    const long long m = corner.m + Tile::warp_row() + threadIdx.x % 32 / 4;
+    const long long n = corner.n + Tile::warp_column() + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < Tile::ROWS; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::COLUMNS * 2; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums.at[i][j][e] = f(m + i * 16 + e / 2 * 8, n + j * 8 + e % 2);
+}
+
+// Add to this warp's elements of that tile, over k0 <= k < k_end.
 template <bool A_BY_K, bool B_BY_K>
 static DEVICE void multiply(const stored* A, long long lda, const stored* B, long long ldb, long long M,
                             long long N, Corner corner, long long k0, long long k_end, Sums& sums) {
@@ -145,12 +157,6 @@ static DEVICE void multiply(const stored* A, long long lda, const stored* B, lon
         }
         copy_async_commit();  // also where there is nothing: the groups are counted
     };
-#pragma unroll
-    for (int i = 0; i < Tile::ROWS; ++i)
-#pragma unroll
-        for (int j = 0; j < Tile::COLUMNS * 2; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sums.at[i][j][e] = 0.0f;
     for (int stage = 0; stage < Tile::STAGES - 1; ++stage) fetch(stage, k0 + stage * STRIP_K);
     int now = 0, next = Tile::STAGES - 1;
 #pragma unroll 1
