@@ -49,11 +49,11 @@ class Workspace:
             self._buffers[key] = self.memory.zeros(max(size, self.batch), key[1])
         return self._buffers[key][:size]
 
-    def transposed(self, array: Array) -> Array:
-        """Room for the transpose of what `rows` gave, on a GPU; its rows start on 16 bytes."""
+    def transposed(self, array: Array, backend: Any) -> Array:
+        """Room for the transpose of what `rows` gave, laid out as the backend reads copies."""
         key = "transposed", array.data.ptr
         if key not in self._buffers:
-            length = -(-self.batch * array.itemsize // 16) * 16 // array.itemsize
+            length = backend.padded(self.batch, array.itemsize)
             self._buffers[key] = self.memory.zeros((array.shape[1], length), array.dtype)
         return self._buffers[key][:, : len(array)]
 
@@ -347,9 +347,9 @@ class Plan:
             if isinstance(below, RoundingPass) and isinstance(above, RoundingPass):
                 below.Y_rounded = above.X_rounded = below.dZ_rounded = True
                 if _reads_along_batch(above):
-                    below.Y_copy = above.X_copy = workspace.transposed(below.Y)
+                    below.Y_copy = above.X_copy = workspace.transposed(below.Y, above.backend)
                 if _reads_along_batch(below):
-                    below.dZ_copy = workspace.transposed(below.dZ)
+                    below.dZ_copy = workspace.transposed(below.dZ, below.backend)
 
     def forward(self, X: Array) -> Array:
         """Y of the last pass."""

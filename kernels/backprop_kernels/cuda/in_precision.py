@@ -24,6 +24,7 @@ from backprop_kernels.cuda.linear_wgrad import reads_along_batch, wgrad
 from backprop_kernels.cuda.mlp_fit import Choice, choose
 from backprop_kernels.cuda.mlp_step import whole
 from backprop_kernels.cuda.tiles import ALONG_K, HOPPER_ALONE
+from backprop_kernels.cuda.transpose import padded
 from backprop_kernels.precisions import PRECISIONS
 
 
@@ -35,6 +36,7 @@ class InPrecision:
     """
 
     exact = cuda  # for arrays of float32
+    padded = staticmethod(padded)  # the rows of a copy that lies along the batch
 
     def __init__(self, precision: str) -> None:
         self.precision = PRECISIONS[precision]
