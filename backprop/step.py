@@ -153,11 +153,12 @@ class TrainStep:
         # Forward moves running statistics before the step is known to be finite.
         self._statistics = list(model.statistics.values())
         self._before_batch = [value.copy() for value in self._statistics]
-        self._before_step = (
-            self._before_batch if accumulate == 1 else [v.copy() for v in self._statistics]
-        )
         if self._queue is not None:
             self._before_step = [before for _, before in self._queue.device.statistics]
+        elif accumulate > 1:
+            self._before_step = [value.copy() for value in self._statistics]
+        else:
+            self._before_step = self._before_batch
 
     @property
     def pending(self) -> int:
