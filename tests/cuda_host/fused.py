@@ -82,7 +82,7 @@ def layers(i: int = 6, activation: str = "identity", bias: bool = True) -> list[
 
 
 def batch(i: int = 6, o: int = 5, rows: int = ROWS) -> tuple[Array, Array]:
-    return tuple(RNG.standard_normal((rows, n)).astype(F32) for n in (i, o))  # type: ignore[return-value]
+    return RNG.standard_normal((rows, i)).astype(F32), RNG.standard_normal((rows, o)).astype(F32)
 
 
 def adamw() -> bp.Optimizer:
