@@ -7,11 +7,12 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import pytest
 from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.cpu import compile, tile, vector_loop, vector_math
@@ -57,11 +58,16 @@ TARGETS = {
 
 
 @pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     chosen = TARGETS[request.param]
     for module in (tile, vector_loop):
         monkeypatch.setattr(module, "host_shape", lambda: tile.SHAPES[chosen.feature])
-    return chosen
+    # Numba optimises for a CPU as well: not for the one that this happens to run on.
+    monkeypatch.setattr(numba.config, "CPU_NAME", chosen.cpu)
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "")
+    compile._text_generator.cache_clear()
+    yield chosen
+    compile._text_generator.cache_clear()
 
 
 def assemble(target: Target, function: Callable[..., Any], parameters: int) -> str:
