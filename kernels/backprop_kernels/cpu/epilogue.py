@@ -11,7 +11,7 @@ from typing import Any
 
 from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array, Dropout
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import Code, code
 from backprop_kernels.cpu.program import Arguments, scratch
 
 LEAF_ROWS = 36  # rows per partial column sum: a multiple of every tile's
@@ -22,36 +22,36 @@ LEAF_ROWS = 36  # rows per partial column sum: a multiple of every tile's
 
 def forward_epilogue(
     Y: Array, b: Array | None, activation: str, dropout: Dropout | None, kept: Array | None
-) -> tuple[int, Arguments] | None:
-    """(address, args) that turns the products in Y into dropout(act(Y + b)); None for nothing."""
+) -> tuple[Code, Arguments] | None:
+    """(code, args) that turns the products in Y into dropout(act(Y + b)); None for nothing."""
     dropped = dropout is not None and dropout.rate > 0
     keeps = ACTIVATIONS[activation].saves if kept is not None else ""
     if activation == "identity" and b is None and not dropped:
         return None
-    entry = address(_forward, 5, str(Y.dtype), activation, keeps, b is not None, dropped)
+    entry = code(_forward, 5, str(Y.dtype), activation, keeps, b is not None, dropped)
     return entry, Arguments((Y, Y.shape[1], b, kept, *_dropout(dropout, Y.dtype), None, None, 0))
 
 
 def backward_epilogue(
     dX: Array, saved: Array | None, activation: str, dropout: Dropout | None, db: Array | None
-) -> tuple[tuple[int, Arguments] | None, int]:
-    """((address, args), finish): from the gradient of the layer below's output to its dZ and db."""
+) -> tuple[tuple[Code, Arguments] | None, Code | None]:
+    """((code, args), finish): from the gradient of the layer below's output to its dZ and db."""
     dropped = dropout is not None and dropout.rate > 0
     rows, columns = dX.shape
     if activation == "identity" and db is None and not dropped:
-        return None, 0
+        return None, None
     blocks = -(-rows // LEAF_ROWS)
     partial = None if db is None else scratch((blocks, columns), dX.dtype)
-    entry = address(_backward, 5, str(dX.dtype), activation, db is not None, dropped)
+    entry = code(_backward, 5, str(dX.dtype), activation, db is not None, dropped)
     arguments = Arguments(
         (dX, columns, None, saved, *_dropout(dropout, dX.dtype), partial, db, blocks)
     )
-    return (entry, arguments), 0 if db is None else column_sums(dX.dtype)
+    return (entry, arguments), None if db is None else column_sums(dX.dtype)
 
 
-def column_sums(dtype: Any) -> int:
+def column_sums(dtype: Any) -> Code:
     """The kernel that adds the partial sums of all blocks, in order: SUMS from PARTIAL."""
-    return address(_column_sums, 4, str(dtype))
+    return code(_column_sums, 4, str(dtype))
 
 
 def _dropout(dropout: Dropout | None, dtype: Any) -> tuple[Any, ...]:

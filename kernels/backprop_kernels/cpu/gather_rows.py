@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import code
 from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 
 CHUNK = 32  # rows per piece of work
@@ -30,7 +30,7 @@ def gather_rows(X: Array, index: Array, out: Array | None = None) -> Array:
     Y = scratch((len(index), *X.shape[1:]), X.dtype) if out is None else out
     words = (X.nbytes // max(len(X), 1)) // 4  # a row; every dtype here is a multiple of 4 bytes
     arguments = Arguments((0, 0, X, index, Y, len(X), len(index), words))
-    submit(Kernel(address(_kernel, 4), arguments, FLOPS * len(index) * words))
+    submit(Kernel(code(_kernel, 4), arguments, FLOPS * len(index) * words))
     return Y
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import code
 from backprop_kernels.cpu.product import multiply
 from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 
@@ -31,7 +31,7 @@ def linear_wgrad(dZ: Array, X: Array, out: Array | None = None) -> Array:
     if dZ.shape[1] == 1:
         sums = scratch((-(-len(X) // ROWS), X.shape[1]), X.dtype)
         arguments = Arguments((0, 0, *X.shape, dZ, X, sums, dW))
-        submit(Kernel(address(_weighted_sum, 4, str(X.dtype)), arguments, 2 * X.size))
+        submit(Kernel(code(_weighted_sum, 4, str(X.dtype)), arguments, 2 * X.size))
     else:
         multiply(dZ.T, X, dW)
     return dW

@@ -17,7 +17,7 @@ import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.activations import ACTIVATIONS
 from backprop_kernels.arrays import Array
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import code
 from backprop_kernels.cpu.epilogue import BLOCKS, COLUMNS, PARTIAL, SUMS, column_sums
 from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 from backprop_kernels.losses import LOSSES
@@ -67,14 +67,14 @@ def loss(
             0, 0, Z, target, sample_weight, rows, columns, value, dZ,
             np.zeros(leaves), np.zeros(leaves), scratch(max(rows, 1), Z.dtype),
             _option_table(name, options, columns, Z.dtype), options.get("ignore_index", 0),
-            0 if db is None else column_sums(Z.dtype), Arguments(sums),
+            None if db is None else column_sums(Z.dtype), Arguments(sums),
         )
     )  # fmt: skip
     make: Any = {"cross_entropy": _cross_entropy, "gaussian_nll": _gaussian_nll}.get(
         name, _elementwise
     )
     variant = ids if name == "cross_entropy" else name
-    entry = address(make, 4, str(Z.dtype), activation, variant)
+    entry = code(make, 4, str(Z.dtype), activation, variant)
     submit(Kernel(entry, arguments, FLOPS * rows * columns))
     return value, dZ, db
 

@@ -122,6 +122,16 @@ new_condition, sleep, wake_all = (posix(f"pthread_cond_{n}") for n in ("init", "
 
 
 @intrinsic
+def address_of(typing_context: Any, words: Any) -> Any:
+    """A pointer as a number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ptrtoint(arguments[0], INT64)
+
+    return types.int64(words), generate
+
+
+@intrinsic
 def clock(typing_context: Any) -> Any:
     """Nanoseconds since some moment in the past, the same for all threads."""
 
@@ -158,15 +168,24 @@ def caller(parameters: int) -> Any:
 
         return call4
 
-    @intrinsic
-    def call5(context: Any, entry: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
-        return types.void(*[types.int64] * 6), generate
+    if parameters == 5:
 
-    return call5
+        @intrinsic
+        def call5(context: Any, entry: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+            return types.void(*[types.int64] * 6), generate
+
+        return call5
+
+    @intrinsic
+    def call6(context: Any, entry: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
+        return types.void(*[types.int64] * 7), generate
+
+    return call6
 
 
 call_kernel = caller(4)  # (entry, args, sync, thread, threads)
 call_epilogue = caller(5)  # (entry, args, row, rows, column, columns)
+call_pack = caller(6)  # (entry, args, first, count, k, steps, panels)
 
 
 @numba.njit(error_model="numpy", _nrt=False)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from backprop_kernels.arrays import Array
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import Code, code
 from backprop_kernels.cpu.epilogue import LEAF_ROWS
 from backprop_kernels.cpu.program import Arguments, Kernel, submit
 from backprop_kernels.cpu.tile import host_shape
@@ -30,10 +30,10 @@ def is_narrow(W: Array) -> bool:
     return few and (len(W) == 1 or TOGETHER * W.shape[1] * W.itemsize <= L1)
 
 
-def multiply_narrow(X: Array, W: Array, Y: Array, epilogue: tuple[int, Arguments] | None) -> None:
+def multiply_narrow(X: Array, W: Array, Y: Array, epilogue: tuple[Code, Arguments] | None) -> None:
     """Submit Y = X Wᵀ, then `epilogue` as in product.py. All are C-contiguous."""
-    arguments = Arguments((0, 0, *Y.shape, X.shape[1], X, W, Y, *(epilogue or (0, None))))
-    submit(Kernel(address(_kernel, 4, str(Y.dtype)), arguments, 2 * Y.size * X.shape[1]))
+    arguments = Arguments((0, 0, *Y.shape, X.shape[1], X, W, Y, *(epilogue or (None, None))))
+    submit(Kernel(code(_kernel, 4, str(Y.dtype)), arguments, 2 * Y.size * X.shape[1]))
 
 
 def _kernel(dtype: str) -> Callable[..., None]:

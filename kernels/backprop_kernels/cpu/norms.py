@@ -6,7 +6,7 @@ from typing import Any
 
 from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import code
 from backprop_kernels.cpu.epilogue import backward_epilogue, forward_epilogue
 from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 
@@ -35,7 +35,7 @@ def forward(
             entry, args, 0,
         )
     )  # fmt: skip
-    submit(Kernel(address(make, 4, str(X.dtype)), arguments, FLOPS * X.size))
+    submit(Kernel(code(make, 4, str(X.dtype)), arguments, FLOPS * X.size))
     return Y, saved, mean, rstd
 
 
@@ -59,5 +59,5 @@ def backward(
             partial, entry, args, finish,
         )
     )  # fmt: skip
-    submit(Kernel(address(make, 4, str(X.dtype)), arguments, FLOPS * X.size))
+    submit(Kernel(code(make, 4, str(X.dtype)), arguments, FLOPS * X.size))
     return dZ_prev, db_prev, dgamma

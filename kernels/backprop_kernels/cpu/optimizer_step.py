@@ -16,7 +16,7 @@ import numpy as np
 
 from backprop_kernels import checks
 from backprop_kernels.arrays import Array
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import code
 from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 from backprop_kernels.optimizers import OPTIMIZERS, regularised
 
@@ -56,7 +56,7 @@ def optimizer_step(
             None if spans is None else np.array(spans, np.int64), len(spans or ()),
         )
     )  # fmt: skip
-    entry = address(_kernel, 4, str(P.dtype), rule, scalars.shape[-1] - 1, int(spans is not None))
+    entry = code(_kernel, 4, str(P.dtype), rule, scalars.shape[-1] - 1, int(spans is not None))
     submit(Kernel(entry, arguments, FLOPS * size, whole=True))
     return norm
 

@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import Code, code
 from backprop_kernels.cpu.program import FLOPS_PER_THREAD, Arguments, Kernel, Program
 from backprop_kernels.cpu.threads import get_num_threads
 
@@ -39,18 +39,18 @@ def bandwidth() -> float:
 def _flops(dtype: str, threads: int) -> float:
     repeats = 100
     X = np.full((threads, REGISTER_ELEMENTS), 0.5, dtype)
-    run = _program(threads, address(_fma_kernel, 4, dtype), X, X, X, REGISTER_ELEMENTS, repeats)
+    run = _program(threads, code(_fma_kernel, 4, dtype), X, X, X, REGISTER_ELEMENTS, repeats)
     return 2 * CHAINS * LENGTH * X.size * repeats / _fastest(run)
 
 
 @cache
 def _bandwidth(threads: int) -> float:
     A, B, C = (np.zeros(MEMORY_BYTES // 4, np.float32) for _ in range(3))
-    run = _program(threads, address(_add_kernel, 4), A, B, C, A.size, 1)
+    run = _program(threads, code(_add_kernel, 4), A, B, C, A.size, 1)
     return 3 * MEMORY_BYTES / _fastest(run)
 
 
-def _program(threads: int, entry: int, *arguments: object) -> Program:
+def _program(threads: int, entry: Code, *arguments: object) -> Program:
     program = Program()
     flops = FLOPS_PER_THREAD * (threads - 1)
     program.kernels.append(Kernel(entry, Arguments((0, 0, *arguments)), flops))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from backprop_kernels.arrays import Array
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import Code, code
 from backprop_kernels.cpu.epilogue import LEAF_ROWS
 from backprop_kernels.cpu.program import Arguments, Kernel, scratch, submit
 from backprop_kernels.cpu.threads import available_cpus, get_num_threads
@@ -46,25 +46,30 @@ SPLIT_K = 1024
 SPLIT_SIZE = 2**17  # elements of C: beyond, the second copy's trips cost more
 
 # Slots of a product's arguments.
-(M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, C_, C_ROW, PACKS_A, PACKS_B, PASS, BUFFERS,
+(M_, N_, K_, A_, A_ROW, A_K, B_, B_K, B_COLUMN, C_, C_ROW, PACK_A, PACK_B, PACKS_B, PASS, BUFFERS,
  BUFFER_SIZE, A_SIZE, PARTS, ACROSS, UNIT, BLOCK, SPLITS, PARTIAL, TICKETS, EPILOGUE, EPILOGUE_ARGS,
- FINISH) = range(27)  # fmt: skip
+ FINISH) = range(28)  # fmt: skip
+SIDES = {"A": (A_, A_ROW, A_K), "B": (B_, B_COLUMN, B_K)}
 
 
 def multiply(
-    A: Array, B: Array, C: Array, epilogue: tuple[int, Arguments] | None = None, finish: int = 0
+    A: Array,
+    B: Array,
+    C: Array,
+    epilogue: tuple[Code, Arguments] | None = None,
+    finish: Code | None = None,
 ) -> None:
     """Submit C = A B. `A` and `B` may be transposed views; C is C-contiguous.
 
-    `epilogue` is (address, args): called as (args, row, rows, column, columns) for every block.
+    `epilogue` is (code, args): called as (args, row, rows, column, columns) for every block.
     `finish` is called once all blocks are done, by every thread: (args, sync, thread, threads).
     """
-    size = C.itemsize
+    dtype, size = str(C.dtype), C.itemsize
     M, K = A.shape
     N = B.shape[1]
-    leave, args = epilogue or (0, None)
+    leave, args = epilogue or (None, None)
     shape = host_shape()
-    lanes, width, height = shape.lanes(str(C.dtype)), shape.columns(str(C.dtype)), shape.rows
+    lanes, width, height = shape.lanes(dtype), shape.columns(dtype), shape.rows
     most_threads = max(get_num_threads(), available_cpus())
 
     packs_B = B.strides[1] != size or B.strides[0] > DIRECT or K > LONG_K
@@ -93,11 +98,12 @@ def multiply(
             M, N, K,
             A, A.strides[0] // size, A.strides[1] // size,
             B, B.strides[0] // size, B.strides[1] // size, C, N,
-            packs_A, packs_B, pass_K, buffers, A_size + B_size, A_size,
+            code(_pack, 6, dtype, "A") if packs_A else None, code(_pack, 6, dtype, "B"),
+            packs_B, pass_K, buffers, A_size + B_size, A_size,
             parts, across, unit, block, splits, partial, tickets, leave, args, finish,
         )
     )  # fmt: skip
-    entry = address(_kernel, 4, str(C.dtype))
+    entry = code(_kernel, 4, dtype, along)
     submit(Kernel(entry, arguments, 2 * M * N * K, tickets, most_threads))
 
 
@@ -124,28 +130,28 @@ def _divide(
     return parts, across, -(-share // (blocks * unit)) * unit
 
 
-def _kernel(dtype: str) -> Callable[..., None]:
+def _kernel(dtype: str, along: bool) -> Callable[..., None]:
+    """`along`: whether the rows of A run along K."""
     from numba import types
 
     from backprop_kernels.cpu.memory import (
+        address_of,
         atomic_add,
         barrier,
         call_epilogue,
         call_kernel,
+        call_pack,
         int64s,
     )
     from backprop_kernels.cpu.vector_loop import vector_loop
 
     shape = host_shape()
-    width, height = shape.columns(dtype), shape.rows
-    size = getattr(types, dtype).bitwidth // 8
+    width, size = shape.columns(dtype), getattr(types, dtype).bitwidth // 8
     add = vector_loop(lambda x, y: (x + y,), dtype, 2)
-    multiply_panels = _multiply_panels(dtype)
-    pack_A, pack_B = make_pack(dtype, height), make_pack(dtype, width)
+    multiply_panels = _multiply_panels(dtype, along)
 
     def kernel(args, sync, thread, threads):
         M, N, K = args[M_], args[N_], args[K_]
-        a_row, a_k, b_k, b_column = args[A_ROW], args[A_K], args[B_K], args[B_COLUMN]
         A_panels = args[BUFFERS] + thread * args[BUFFER_SIZE]
         B_panels = A_panels + args[A_SIZE]
         parts, across, splits = args[PARTS], args[ACROSS], args[SPLITS]
@@ -171,13 +177,14 @@ def _kernel(dtype: str) -> Callable[..., None]:
                     steps = min(args[PASS], high - k)
                     if packed != k * across + j:
                         packed = k * across + j
-                        b = args[B_] + (k * b_k + (left + direct) * b_column) * size
-                        pack_B(b, b_k, b_column, steps, columns - direct, B_panels)
+                        call_pack(
+                            args[PACK_B], address_of(args), left + direct, columns - direct, k,
+                            steps, B_panels,
+                        )  # fmt: skip
                     for row in range(start, stop, ROWS):
                         rows = min(ROWS, stop - row)
-                        if args[PACKS_A] != 0:
-                            a = args[A_] + (row * a_row + k * a_k) * size
-                            pack_A(a, a_k, a_row, steps, rows, A_panels)
+                        if args[PACK_A] != 0:
+                            call_pack(args[PACK_A], address_of(args), row, rows, k, steps, A_panels)
                         multiply_panels(
                             args, C, row, rows, left, columns, k, steps, k - low, direct, A_panels
                         )
@@ -202,7 +209,7 @@ def _kernel(dtype: str) -> Callable[..., None]:
     return kernel
 
 
-def _multiply_panels(dtype: str) -> Any:
+def _multiply_panels(dtype: str, along: bool) -> Any:
     """A Numba function: C (+)= A B of some rows, a group's columns and one pass over K."""
     import numba
     from numba import types
@@ -210,15 +217,16 @@ def _multiply_panels(dtype: str) -> Any:
     shape = host_shape()
     width, height = shape.columns(dtype), shape.rows
     size = getattr(types, dtype).bitwidth // 8
-    tile_along, tile_across = _any_tile(dtype, True), _any_tile(dtype, False)
+    tile = _any_tile(dtype, along)
 
     @numba.njit(error_model="numpy", _nrt=False, inline="always")
     def multiply_panels(args, C, row, rows, left, columns, k, steps, adds, direct, A_panels):
         a_row, a_k, c_row = args[A_ROW], args[A_K], args[C_ROW]
         A, a_panel, a_step = args[A_] + (row * a_row + k * a_k) * size, a_row * height * size, a_k
-        if args[PACKS_A] != 0:
+        if along:
+            a_step = a_row
+        elif args[PACK_A] != 0:
             A, a_panel, a_step = A_panels, steps * height * size, height
-        along = a_k == 1 and args[PACKS_A] == 0
         B = args[B_] + (k * args[B_K] + left * args[B_COLUMN]) * size
         B_panels = A_panels + args[A_SIZE]
         C += (row * c_row + left) * size
@@ -237,12 +245,26 @@ def _multiply_panels(dtype: str) -> Any:
                 b, b_step = B_panels + (j - direct) * steps * size, width
             a, a_rows = A + i * a_panel, min(height, rows - i * height)
             c = C + (i * height * c_row + j) * size
-            if along:
-                tile_along(a, a_row, a_rows, b, b_step, c, c_row, steps, adds, columns - j)
-            else:
-                tile_across(a, a_step, a_rows, b, b_step, c, c_row, steps, adds, columns - j)
+            tile(a, a_step, a_rows, b, b_step, c, c_row, steps, adds, columns - j)
 
     return multiply_panels
+
+
+def _pack(dtype: str, side: str) -> Callable[..., None]:
+    """Some rows of A or columns of B, for some steps of K, into panels for the tile."""
+    from numba import types
+
+    shape = host_shape()
+    pack = make_pack(dtype, shape.rows if side == "A" else shape.columns(dtype))
+    matrix, along, down = SIDES[side]
+    size = getattr(types, dtype).bitwidth // 8
+
+    def packer(args, first, count, k, steps, panels):
+        stride, k_stride = args[along], args[down]
+        source = args[matrix] + (first * stride + k * k_stride) * size
+        pack(source, k_stride, stride, steps, count, panels)
+
+    return packer
 
 
 def make_pack(dtype: str, width: int) -> Any:

@@ -25,7 +25,7 @@ import numpy as np
 from backprop_kernels import host_memory
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu import threads
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import Code, code, compile_together
 from backprop_kernels.errors import KindError
 
 # A second thread costs each kernel one or two microseconds: below this much work a kernel, in the
@@ -43,11 +43,22 @@ _recording = threading.local()
 
 
 class Arguments:
-    """The arguments of a kernel as int64 words; arrays become their addresses and stay alive."""
+    """The arguments of a kernel as int64 words; arrays become their addresses and stay alive.
+
+    What a kernel calls, `Code`, may have yet to be compiled: its word is set by `Program.seal`.
+    """
 
     def __init__(self, values: Sequence[Any]) -> None:
         self.values = values
-        self.words = np.array([word(v) for v in values], np.int64)
+        self.words = np.array([0 if isinstance(v, Code) else word(v) for v in values], np.int64)
+
+    def called(self) -> Iterator[tuple[Array, int, Code]]:
+        """(words, place, code) of each `Code` among these, and among arguments among them."""
+        for i, value in enumerate(self.values):
+            if isinstance(value, Arguments):
+                yield from value.called()
+            elif isinstance(value, Code):
+                yield self.words, i, value
 
 
 def word(value: Any) -> int:
@@ -62,14 +73,14 @@ def word(value: Any) -> int:
 
 
 class Kernel(NamedTuple):
-    """One kernel of a program: where its code is, with what, and how much work that is.
+    """One kernel of a program: its code, what it is called with, and how much work that is.
 
     `tickets` count the kernel's work as it is taken, from 0 in every run: without them, the first
     two words of its arguments. `most_threads`: how many it has buffers for. `whole`: once begun it
     is not stopped, for it changes its inputs in place.
     """
 
-    entry: int
+    entry: Code
     arguments: Arguments
     flops: int
     tickets: Array | None = None
@@ -91,19 +102,24 @@ class Program:
         self._brief = False  # whether a run has shown that it takes less than PATIENCE
 
     def seal(self) -> Program:
-        """Fix the list; returns the program."""
+        """Fix the list and compile what is missing; returns the program."""
         kernels = self.kernels
+        called = [found for kernel in kernels for found in kernel.arguments.called()]
+        if threads.get_num_threads() > 1:
+            compile_together([*(k.entry for k in kernels), *(callee for *_, callee in called)])
+        for where, place, callee in called:
+            where[place] = callee.address()
         words = [0] * ENTRIES
         words[COUNT], words[TURNS] = len(kernels), 1
         for kernel in kernels:
             tickets = kernel.counters()
-            words += [kernel.entry, word(kernel.arguments), word(tickets), len(tickets)]
+            words += [kernel.entry.address(), word(kernel.arguments), word(tickets), len(tickets)]
         self._table = np.array(words, np.int64)
         self._stoppable = [kernel.counters() for kernel in kernels if not kernel.whole]
         self._flops = sum(kernel.flops for kernel in kernels)
         busy = 1 + self._flops // (FLOPS_PER_THREAD * max(len(kernels), 1))
         most_threads = min([busy, *(kernel.most_threads for kernel in kernels)])
-        self._call = address(_runner, 4), word(self._table), most_threads
+        self._call = code(_runner, 4).address(), word(self._table), most_threads
         self._bound = [word(array) for array in self.inputs]
         self._given = list(self.inputs)
         self._places = [
@@ -288,7 +304,7 @@ def check_compiler() -> None:
     """
     if importlib.util.find_spec("numba") is None:
         raise ImportError("numba is not installed")
-    address(_runner, 4)
+    code(_runner, 4).address()
 
 
 def _runner() -> Callable[..., None]:

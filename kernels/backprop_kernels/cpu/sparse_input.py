@@ -22,7 +22,7 @@ import numpy as np
 from backprop_kernels import checks
 from backprop_kernels.activations import saved_output
 from backprop_kernels.arrays import Array, Dropout
-from backprop_kernels.cpu.compile import address
+from backprop_kernels.cpu.compile import code
 from backprop_kernels.cpu.epilogue import LEAF_ROWS, forward_epilogue
 from backprop_kernels.cpu.program import Arguments, Kernel, scratch, shared, submit
 from backprop_kernels.cpu.tile import host_shape
@@ -127,12 +127,12 @@ def _submit(make: Callable[[str], Callable[..., None]], X: Array, W: Array, *res
         given = shared(X, listed)
     arguments = Arguments((0, 0, batch, columns, out, *given, *rest))
     flops = 2 * batch * columns * out // EXPECTED
-    submit(Kernel(address(make, 4, str(W.dtype)), arguments, flops))
+    submit(Kernel(code(make, 4, str(W.dtype)), arguments, flops))
 
 
 def _list(X: Array, found: Listed, counts: Array) -> None:
     arguments = Arguments((0, 0, *X.shape, 0, *found, X, counts))
-    submit(Kernel(address(_lister, 4, str(X.dtype)), arguments, LISTED * X.size))
+    submit(Kernel(code(_lister, 4, str(X.dtype)), arguments, LISTED * X.size))
 
 
 def _panel_width(dtype: str) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backprop_kernels.cpu.compile import address, call
+from backprop_kernels.cpu.compile import call, code
 from backprop_kernels.errors import OptionError
 
 # Words of the control block, each on its own cache line. Every worker has a line of its own, from
@@ -166,9 +166,9 @@ class _Pool:
         self._sync = np.zeros(MEETING_WORDS, np.int64)
         self._control[SYNC] = self._sync.ctypes.data
         self._address = int(self._control.ctypes.data)
-        self._start = call(address(_starter, 3))
+        self._start = call(code(_starter, 3).address())
         self._start(_SCRATCH, _SCRATCH, self._address, 0, 0, 0, 0)
-        entry = call(address(_worker, 2))
+        entry = call(code(_worker, 2).address())
         for index in range(1, size):
             worker = threading.Thread(
                 target=self._work, args=(entry, index), daemon=True, name=f"backprop-{index}"

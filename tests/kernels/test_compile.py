@@ -1,0 +1,130 @@
+"""Machine code that is missing is compiled by two processes, or by one where there is no other."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from backprop_kernels import machine_code_cache
+from backprop_kernels.cpu import epilogue
+from backprop_kernels.cpu.compile import Code, compile_together
+
+ACTIVATIONS = ["identity", "relu", "sigmoid", "tanh", "softplus"]
+
+
+def new_codes() -> list[Code]:
+    """Small ones, which this process has not loaded."""
+    return [Code(epilogue._forward, 5, ("float64", a, "", False, False)) for a in ACTIVATIONS]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine_code_cache.folder.cache_clear()
+    yield tmp_path
+    machine_code_cache.folder.cache_clear()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what this process compiles."""
+    names: list[str] = []
+    compiled = Code._compile
+
+    def noted(self: Code) -> bytes:
+        names.append(self.name)
+        return compiled(self)
+
+    monkeypatch.setattr(Code, "_compile", noted)
+    return names
+
+
+def pretend_python(folder: Path, does: str) -> str:
+    """An interpreter that does something else."""
+    script = folder / "python3"
+    script.write_text(f"#!/bin/sh\n{does}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_another_process_begins_at_the_end(
+    cache: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = new_codes()
+    compiled = Code._compile
+
+    def late(self: Code) -> bytes:
+        end = time.monotonic() + 60
+        while len(list(cache.rglob("*.o"))) < len(codes) - 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        return compiled(self)
+
+    monkeypatch.setattr(Code, "_compile", late)
+    compile_together(codes)
+    assert made == [codes[0].name]
+    assert not any(code.is_missing() for code in new_codes())
+    files = {file.name for file in cache.rglob("*") if file.is_file()}
+    assert files == {f"{code.name}.o" for code in codes} | {"program_runner.o"}
+
+
+def test_what_it_has_begun_is_waited_for(
+    cache: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it ends without having made it, so that this process does."""
+    codes = new_codes()
+    monkeypatch.setattr(
+        sys, "executable", pretend_python(cache, f"echo {codes[2].name}; sleep 1; exit 1")
+    )
+    compiled, second = Code._compile, 0.0
+
+    def timed(self: Code) -> bytes:
+        nonlocal second
+        if self.name == codes[1].name:
+            time.sleep(0.5)  # by now the other one has said what it begins
+            second = time.monotonic()
+        if self.name == codes[2].name:
+            second = time.monotonic() - second
+        return compiled(self)
+
+    monkeypatch.setattr(Code, "_compile", timed)
+    compile_together(codes)
+    assert made == [code.name for code in codes]
+    assert second > 0.2
+
+
+@pytest.mark.parametrize(
+    "other", ["fails", "is not there", "is another program", "is a frozen program", "not worth it"]
+)
+def test_without_another_process(
+    cache: Path, made: list[str], monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    codes = new_codes()[: 3 if other == "not worth it" else None]
+    started = cache / "started"
+    python = pretend_python(cache, f"touch {started}; exit 1")
+    if other == "is not there":
+        python = str(cache / "python4")
+    if other == "is another program":
+        python = str(Path(python).rename(cache / "editor"))
+    if other == "is a frozen program":
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "executable", python)
+    compile_together(codes)
+    assert started.exists() == (other == "fails")
+    assert all(code.address() for code in codes)
+    assert made == [code.name for code in codes]
+
+
+def test_a_cache_that_cannot_be_written_starts_no_other(
+    made: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine_code_cache, "folder", lambda name: None)
+    started = tmp_path / "started"
+    monkeypatch.setattr(sys, "executable", pretend_python(tmp_path, f"touch {started}"))
+    codes = new_codes()
+    compile_together(codes)
+    assert all(code.address() for code in codes) and made == [code.name for code in codes]
+    assert not started.exists()
