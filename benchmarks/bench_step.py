@@ -1,8 +1,9 @@
 """A whole training step beside the bare matrix products of that step: `make bench-step`.
 
 The products are PyTorch's `mm(out=)`, which is MKL: forward, the weight gradient of every layer,
-the delta of every layer but the first. In the same process, interleaved, on as many threads: our
-step; PyTorch's, eager and compiled, with fused Adam; scikit-learn's `partial_fit` on the batch.
+the delta of every layer but the first. In the same process, interleaved, on as many threads: the
+same products by NumPy, which is OpenBLAS; our step; PyTorch's, eager and compiled, with fused Adam;
+scikit-learn's `partial_fit` on the batch.
 Prints a line per row of SHAPES and appends it to results/step.csv. `--phases` shows instead where
 the time of our step goes.
 """
@@ -13,12 +14,13 @@ import argparse
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from backprop_kernels.arrays import Array
 from backprop_kernels.cpu.threads import available_cpus
-from common import append, interleaved, machine
+from common import append, draw, interleaved, machine
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from threadpoolctl import threadpool_limits
 
@@ -36,7 +38,7 @@ SHAPES = [
     (4096, [64, 128, 128, 1]),
     (1024, [155, 256, 128, 1]),  # the flights: X is theirs, mostly 0
 ]
-CONTENDERS = ["bare", "ours", "pytorch", "compile", "sklearn"]
+CONTENDERS = ["bare", "openblas", "ours", "pytorch", "compile", "sklearn"]
 # So small that thousands of steps on one batch do not learn it by heart: gradients that have
 # vanished are denormal numbers, which every library computes many times slower.
 LEARNING_RATE = 1e-6
@@ -98,7 +100,8 @@ def contenders(batch: int, widths: list[int], names: list[str]) -> dict[str, Cal
     X, y, step = ours(batch, widths)
     tensors = torch.from_numpy(X), torch.from_numpy(y)
     make: dict[str, Callable[[], Callable[[], object]]] = {
-        "bare": lambda: bare(batch, widths),
+        "bare": lambda: bare(batch, widths, torch.mm, torch.from_numpy),
+        "openblas": lambda: bare(batch, widths, np.matmul, np.asarray),
         "ours": lambda: lambda: step(X, y),
         "pytorch": lambda: pytorch(widths, *tensors, compiled=False),
         "compile": lambda: pytorch(widths, *tensors, compiled=True),
@@ -107,19 +110,19 @@ def contenders(batch: int, widths: list[int], names: list[str]) -> dict[str, Cal
     return {name: make[name]() for name in names}
 
 
-def bare(batch: int, widths: list[int]) -> Callable[[], object]:
-    """The step's matrix products and nothing else."""
+def bare(
+    batch: int, widths: list[int], multiply: Callable[..., Any], array: Callable[[Array], Any]
+) -> Callable[[], object]:
+    """The step's matrix products and nothing else, on what `array` makes of NumPy's."""
     products = []
     for layer, (i, o) in enumerate(pairwise(widths)):
-        X, W, dZ = torch.randn(batch, i), torch.randn(o, i), torch.randn(batch, o)
-        products.append((X, W.T, torch.empty(batch, o)))
-        products.append((dZ.T, X, torch.empty(o, i)))
-        if layer:
-            products.append((dZ, W, torch.empty(batch, i)))
+        X, W, dZ = (array(draw(*s, dtype="float32")) for s in ((batch, i), (o, i), (batch, o)))
+        Y, dW, dX = (array(np.empty(s, np.float32)) for s in ((batch, o), (o, i), (batch, i)))
+        products += [(X, W.T, Y), (dZ.T, X, dW), (dZ, W, dX)][: 3 if layer else 2]
 
     def run() -> None:
         for A, B, C in products:
-            torch.mm(A, B, out=C)
+            multiply(A, B, out=C)
 
     return run
 
