@@ -26,6 +26,14 @@ SLOW_EMULATED = (
     "test_overfits_32_random_numbers",
     "test_xor_is_not_learnt_without_the_hidden_layer",
 )
+# Formulas that one table holds for both dtypes: here in float32 (and by the reference in both), in
+# float64 with whole numbers, by complex step and in whole trainings.
+FLOAT64_IS_LONG = (
+    "test_activation_and_dropout_compose",
+    "test_five_steps_agree_with_a_loop_over_scalars",
+    "test_loss_agrees_with_an_independent_formula",
+    "test_output_activation_is_part_of_the_loss",
+)
 
 
 def pytest_configure() -> None:
@@ -45,7 +53,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         given = item.callspec.params if hasattr(item, "callspec") else {}
         variant = given.get("backend") == "cuda" and given.get("activation", "relu") not in EMULATED
         name = getattr(item, "originalname", item.name)
-        if variant or (given.get("device") == "cuda" and name in SLOW_EMULATED):
+        compiled = given.get("backend") in ("cpu", "cuda")
+        again = compiled and given.get("dtype") == "float64" and name in FLOAT64_IS_LONG
+        slow = given.get("device") == "cuda" and name in SLOW_EMULATED
+        if variant or again or slow:
             item.add_marker(pytest.mark.long)
 
 

@@ -102,8 +102,14 @@ def test_a_tensor_is_treated_as_its_row_says(name: str) -> None:
     trained(making(RULES[name]), [batch(), batch()])
 
 
-@pytest.mark.parametrize("precision", [None, "bf16"])
-@pytest.mark.parametrize("norm", [bp.BatchNorm, bp.LayerNorm])
+@pytest.mark.parametrize(
+    ("norm", "precision"),
+    [
+        (bp.BatchNorm, None), (bp.LayerNorm, "bf16"),
+        pytest.param(bp.BatchNorm, "bf16", marks=LONG),
+        pytest.param(bp.LayerNorm, None, marks=LONG),
+    ],
+)  # fmt: skip
 def test_norms_and_dropout(norm: Any, precision: str | None) -> None:
     """Whose numbers no product has written, of the input too."""
     net = [

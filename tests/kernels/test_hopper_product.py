@@ -111,8 +111,19 @@ def test_autotune_is_given_both_generations() -> None:
         DECIDE.reset(token)
 
 
-@pytest.mark.parametrize("precision", EACH)
-@pytest.mark.parametrize("operator", ["linear_forward", "linear_dgrad", "linear_wgrad"])
+@pytest.mark.parametrize(
+    ("operator", "precision"),
+    [
+        ("linear_forward", "bf16"), ("linear_wgrad", "tf32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("linear_forward", "tf32"), ("linear_dgrad", "bf16"), ("linear_dgrad", "tf32"),
+                ("linear_wgrad", "bf16"),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_autotune_can_measure_them(products: Any, operator: str, precision: str) -> None:
     with products[precision].place(), hopper.on_hopper(hopper.SHARED):
         choice = choose(operator, 64, 72, 200, precision, 90, can_map=True)
