@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from backprop_kernels import machine_code_cache
-from backprop_kernels.cpu import epilogue
+from backprop_kernels.cpu import epilogue, threads
 from backprop_kernels.cpu.compile import Code, compile_together
 
 ACTIVATIONS = ["identity", "relu", "sigmoid", "tanh", "softplus"]
@@ -64,7 +64,7 @@ def test_another_process_begins_at_the_end(
         return compiled(self)
 
     monkeypatch.setattr(Code, "_compile", late)
-    compile_together(codes)
+    compile_together(codes, lambda: True)
     assert made == [codes[0].name]
     assert not any(code.is_missing() for code in new_codes())
     files = {file.name for file in cache.rglob("*") if file.is_file()}
@@ -91,18 +91,21 @@ def test_what_it_has_begun_is_waited_for(
         return compiled(self)
 
     monkeypatch.setattr(Code, "_compile", timed)
-    compile_together(codes)
+    compile_together(codes, lambda: True)
     assert made == [code.name for code in codes]
     assert second > 0.2
 
 
 @pytest.mark.parametrize(
-    "other", ["fails", "is not there", "is another program", "is a frozen program", "not worth it"]
-)
+    "other",
+    ["fails", "is not there", "is another program", "is a frozen program", "has no core",
+     "not worth it"],
+)  # fmt: skip
 def test_without_another_process(
     cache: Path, made: list[str], monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     codes = new_codes()[: 3 if other == "not worth it" else None]
+    spare = other != "has no core"
     started = cache / "started"
     python = pretend_python(cache, f"touch {started}; exit 1")
     if other == "is not there":
@@ -112,7 +115,7 @@ def test_without_another_process(
     if other == "is a frozen program":
         monkeypatch.setattr(sys, "frozen", True, raising=False)
     monkeypatch.setattr(sys, "executable", python)
-    compile_together(codes)
+    compile_together(codes, lambda: spare)
     assert started.exists() == (other == "fails")
     assert all(code.address() for code in codes)
     assert made == [code.name for code in codes]
@@ -125,6 +128,19 @@ def test_a_cache_that_cannot_be_written_starts_no_other(
     started = tmp_path / "started"
     monkeypatch.setattr(sys, "executable", pretend_python(tmp_path, f"touch {started}"))
     codes = new_codes()
-    compile_together(codes)
+    compile_together(codes, lambda: True)
     assert all(code.address() for code in codes) and made == [code.name for code in codes]
     assert not started.exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "running", "cores", "spare"),
+    [(2, "1/80", 2, True), (2, "2/80", 2, False), (1, "1/80", 8, False), (2, "?", 2, True)],
+)
+def test_a_core_to_spare(
+    monkeypatch: pytest.MonkeyPatch, count: int, running: str, cores: int, spare: bool
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: f"0.1 0.2 0.3 {running} 4711\n")
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(threads, "get_num_threads", lambda: count)
+    assert threads.core_to_spare() == spare

@@ -88,7 +88,7 @@ def code(make: Make, parameters: int, *key: str | int) -> Code:
     return Code(make, parameters, key)
 
 
-def compile_together(codes: Iterable[Code]) -> None:
+def compile_together(codes: Iterable[Code], core_to_spare: Callable[[], bool]) -> None:
     """Compile what is missing, where that is much: here from the first on, in another process from
     the last on. What that one has begun is waited for; should it fail, only time is lost.
     """
@@ -96,7 +96,7 @@ def compile_together(codes: Iterable[Code]) -> None:
     # In a frozen program, or one that embeds Python, `sys.executable` is that program.
     python = Path(sys.executable or "").name.startswith("python") and not hasattr(sys, "frozen")
     place = cache_folder()
-    if len(missing) < WORTH_TWO or not python or place is None:
+    if len(missing) < WORTH_TWO or not python or place is None or not core_to_spare():
         return
     # What the other has begun. Appended, whatever place this process reads at.
     with suppress(OSError), tempfile.TemporaryFile("a+", dir=place, encoding="utf-8") as begun:

@@ -105,8 +105,8 @@ class Program:
         """Fix the list and compile what is missing; returns the program."""
         kernels = self.kernels
         called = [found for kernel in kernels for found in kernel.arguments.called()]
-        if threads.get_num_threads() > 1:
-            compile_together([*(k.entry for k in kernels), *(callee for *_, callee in called)])
+        codes = [*(kernel.entry for kernel in kernels), *(callee for *_, callee in called)]
+        compile_together(codes, threads.core_to_spare)
         for where, place, callee in called:
             where[place] = callee.address()
         words = [0] * ENTRIES

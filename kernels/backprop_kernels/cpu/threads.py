@@ -104,6 +104,15 @@ def get_num_threads() -> int:
     return _limit
 
 
+def core_to_spare() -> bool:
+    """Whether a process besides this one may use a core, and one has nothing else to do now."""
+    try:  # …, how many threads of the system run or could, "/" how many there are, …
+        running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):  # not Linux
+        running = 1
+    return get_num_threads() > 1 and running < (os.cpu_count() or 1)
+
+
 def run(runner: int, table: int, wanted: int) -> None:
     """Run the program at `table` on up to `wanted` threads, this one among them."""
     global _pool
