@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from backprop_kernels import machine_code_cache
 from backprop_kernels.cpu import epilogue, threads
-from backprop_kernels.cpu.compile import Code, compile_together
+from backprop_kernels.cpu.compile import Code, cache_folder, compile_together
 
 ACTIVATIONS = ["identity", "relu", "sigmoid", "tanh", "softplus"]
 
@@ -43,6 +44,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def pretend_python(folder: Path, does: str) -> str:
     """An interpreter that does something else."""
     script = folder / "python3"
@@ -54,13 +61,12 @@ def pretend_python(folder: Path, does: str) -> str:
 def test_another_process_begins_at_the_end(
     cache: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codes = new_codes()
-    compiled = Code._compile
+    codes, compiled = new_codes(), Code._compile
+    place = cache_folder()
+    assert place is not None
 
     def late(self: Code) -> bytes:
-        end = time.monotonic() + 60
-        while len(list(cache.rglob("*.o"))) < len(codes) - 1 and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_until(lambda: all((place / f"{code.name}.o").exists() for code in codes[1:]))
         return compiled(self)
 
     monkeypatch.setattr(Code, "_compile", late)
@@ -75,25 +81,21 @@ def test_what_it_has_begun_is_waited_for(
     cache: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here it ends without having made it, so that this process does."""
-    codes = new_codes()
-    monkeypatch.setattr(
-        sys, "executable", pretend_python(cache, f"echo {codes[2].name}; sleep 1; exit 1")
-    )
-    compiled, second = Code._compile, 0.0
+    codes, said, end = new_codes(), cache / "said", cache / "end"
+    does = f"echo {codes[2].name}; touch {said}; while [ ! -e {end} ]; do sleep 0.05; done; exit 1"
+    monkeypatch.setattr(sys, "executable", pretend_python(cache, does))
+    compiled = Code._compile
 
-    def timed(self: Code) -> bytes:
-        nonlocal second
-        if self.name == codes[1].name:
-            time.sleep(0.5)  # by now the other one has said what it begins
-            second = time.monotonic()
-        if self.name == codes[2].name:
-            second = time.monotonic() - second
+    def watched(self: Code) -> bytes:
+        if self is codes[1]:
+            wait_until(said.exists)
+            threading.Timer(0.5, end.touch).start()
+        assert self is not codes[2] or end.exists()
         return compiled(self)
 
-    monkeypatch.setattr(Code, "_compile", timed)
+    monkeypatch.setattr(Code, "_compile", watched)
     compile_together(codes, lambda: True)
     assert made == [code.name for code in codes]
-    assert second > 0.2
 
 
 @pytest.mark.parametrize(
