@@ -156,7 +156,7 @@ def updating(
         cupy.asarray(np.array(numbers)), cupy.asarray(np.ones(1, np.uint32)),
         cupy.empty((squares(choice),), np.float64),
     )  # fmt: skip
-    return lambda: wgrad(precision, None, dZ, X, dW, update)
+    return lambda: wgrad(precision, None, dZ, X, dW, update=update)
 
 
 def _made_before(backend: Any, X: Any, dZ: Any, dW: Any) -> tuple[dict[str, Any], ...]:

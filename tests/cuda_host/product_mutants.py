@@ -205,6 +205,6 @@ TENSOR_CORES = [
         ("}\n        " + BARRIER + "\n#pragma unroll 1", "}\n#pragma unroll 1", tensor_products),
         ("lane / 4 + e / 2 * 8", "lane / 4 + e / 2 * 4", tensor_products),
         ("(row / 16 * Tile::ROWS + i) * 16", "(row / 16 + i) * 16", tensor_products),
-        ("m < M) element", "element", tensor_products),
+        ("if (m < M) element", "element", tensor_products),
     )),
 ]  # fmt: skip

@@ -343,7 +343,7 @@ MUTANTS = [
     Mutant("product.cuh", "i < size && at < k_end", "i < size", products),
     Mutant("product.cuh", "i < size && at < k_end", "at < k_end", products),
     Mutant("product.cuh", "a.store(s_A[now ^ 1])", "a.store(s_A[now])", products),
-    Mutant("product.cuh", "m < M) element", "element", products),
+    Mutant("product.cuh", "if (m < M) element", "element", products),
     Mutant("product.cuh", "at[r][j];\n        }\n        " + BARRIER, "at[r][j];\n        }",
            products),
     Mutant("product.cuh", "[column]);\n        }\n        " + BARRIER, "[column]);\n        }",
