@@ -9,11 +9,12 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
-from tests.cuda_host import build
+from tests.cuda_host import build, cupy_stand_in
 
 pytestmark = pytest.mark.skipif(bool(build.problem()), reason=f"emulator: {build.problem()}")
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
@@ -37,6 +38,28 @@ def test_every_part_of_a_dry_run_leaves_its_table(tmp_path: Path) -> None:
     for table in ("step.csv", "mlp_step.csv", "operators.csv", "targets.csv", "choices.csv"):
         header = (tmp_path / table).read_text().splitlines()[0]
         assert "| " + " | ".join(header.split(",")) + " |" in summary
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_products_are_called_as_they_are_now(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the launchers' own parameters, some of them."""
+    monkeypatch.syspath_prepend(FOLDER)
+    bench = import_module("bench_operators")
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return cupy_stand_in.asarray(rng.standard_normal(shape, np.float32))
+
+    called = []
+    for work in bench.products(cupy_stand_in, normal, precision, 40, 30, 20):
+        work.call()
+        called.append(work.operator)
+    assert sorted(called) == sorted(
+        f"linear_{name}{way}" for name in ("forward", "dgrad", "wgrad") for way in ("", " bare")
+    )
 
 
 def test_a_part_beyond_its_time_is_cut_off_and_what_it_wrote_stays(
