@@ -140,7 +140,7 @@ def products(
             backend.linear_forward(A, B, out=(_empty(real, rows, columns), None))
             backend.linear_wgrad(_empty(stored, terms, rows), _empty(stored, terms, columns))
             _part(backend, stored, rows, columns)
-            if precision != "fp16":
+            if precision not in ("fp16", "float64"):  # their updates are passes of their own
                 _fused(backend, stored, "AdamW", rows, columns, terms)
         if stored != real:
             for activation in activations:
