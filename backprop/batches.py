@@ -168,18 +168,18 @@ def mostly_zeros(X: Array | Rows, batch: int) -> bool:
 
 def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`work(item)` of each item, the next one done by a thread while the caller uses this one."""
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor
 
-    pending: Future[Result] | None = None
+    waiting = iter(items)
     reader = ThreadPoolExecutor(1, "backprop-reader")
     try:
-        for item in items:
-            following = reader.submit(work, item)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+        begun = [reader.submit(work, item) for item in islice(waiting, 1)]
+        while begun:
+            # Not before this one is there: the caller may still have the last, and no more than
+            # two should be in memory.
+            result = begun.pop().result()
+            begun += [reader.submit(work, item) for item in islice(waiting, 1)]
+            yield result
     finally:
         # Not waited for. Where an error left this unfinished it is the garbage collector that comes
         # here, at any moment, and to join a thread while another one is being started deadlocks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from backprop_kernels.arrays import Array
 
 import backprop as bp
 from backprop import batches
-from backprop.batches import Batches, Rows, _ahead, is_streamed, map_file
+from backprop.batches import Batches, Rows, _ahead, is_streamed, map_file, parts
 from backprop.memory import HOST
 from backprop.resume import SAMPLE_ROWS, digest
 from tests.outside import outside
@@ -351,6 +352,31 @@ def test_memory_is_bounded() -> None:
     """400 MB of rows cost no more than 100 MB of them but for y and the outputs."""
     few, many = (int(outside(LARGE, str(rows))) for rows in (100_000, 400_000))
     assert many - few < 20e6, (few, many)
+
+
+def test_the_next_part_is_begun_when_the_last_is_given_up() -> None:
+    """Python's lock stays with a thread as long as it does not wait, so that the reader, where it
+    could, would read on before the caller has let go."""
+    read: list[weakref.ref[Array]] = []
+    held: list[int] = []
+
+    class Made:
+        shape = (40, 3)
+
+        def __getitem__(self, rows: slice) -> Array:
+            held.append(sum(part() is not None for part in read))
+            made = np.ones((rows.stop - (rows.start or 0), 3), np.float32)
+            read.append(weakref.ref(made))
+            return made
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)
+    try:
+        for _ in parts([Rows(Made(), lambda rows, known: rows)], 4):
+            pass  # faster than the reader
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(held) == 11 and max(held) == 1
 
 
 def test_an_abandoned_stream_does_not_wait_for_its_reader() -> None:
